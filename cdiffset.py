@@ -1,0 +1,246 @@
+"""C-DiffSET: SAR-to-optical (EO) translation by a fine-tuned latent diffusion model. The whole method, in one place.
+
+Do, Lee and Kim, "C-DiffSET: Leveraging Latent Diffusion for SAR-to-EO Image Translation with Confidence-Guided
+Reliable Object Generation", arXiv 2411.10788; IEEE TCSVT 2026.
+
+    SAR image -> VAE encoder -> z_sar --+
+                                        +-> U-Net -> predicted noise (4 channels), raw variance (1 channel)
+    noise or noisy EO latent -> z_t ----+
+
+1. Both modalities share the frozen VAE of Stable Diffusion: `CDiffSET.encode`, `CDiffSET.decode`.
+2. The pretrained U-Net gets 8 input channels and a fifth output channel: `widen_input`, `add_variance_channel`.
+3. Training minimises a negative log-likelihood whose variance the network predicts itself, so that objects
+   present in only one of the two images do not spoil it: `denoise`, `variance`, `cdiff_loss`.
+4. Translation denoises from pure noise with DDIM; confidence is 1 / variance: `CDiffSET.translate`.
+
+    >>> model = CDiffSET.from_pretrained("models/tiny")
+    >>> eo, confidence = model.translate(sar)      # sar (B, 3, H, W) in [-1, 1]
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip import CLIPTextModel
+from scheduler import DDIMScheduler, DDPMScheduler
+from unet import UNet
+from vae import AutoencoderKL
+from weights import build, load_prompt_embedding, load_scheduler, open_model, open_unet, save_model
+
+# The fixed prompt, "electro-optical image", tokenised without padding: start, electro, -, optical, image, end
+PROMPT_IDS = (49406, 23244, 268, 16822, 2867, 49407)
+
+VARIANCE_MIN, VARIANCE_MAX = 1e-6, 10.0
+VARIANCE_SHIFT = math.log(math.expm1(1.0 - VARIANCE_MIN))  # softplus of this is 1 - 1e-6
+
+# ----------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def variance(raw: Tensor) -> Tensor:
+    """Raw fifth channel -> variance in [1e-6, 10], same shape: clamp(softplus(raw + c) + 1e-6, 1e-6, 10).
+
+    A raw value of zero gives variance 1, so training starts from the plain L2 objective. Source: the released code.
+    """
+    return (F.softplus(raw + VARIANCE_SHIFT) + VARIANCE_MIN).clamp(VARIANCE_MIN, VARIANCE_MAX)
+
+
+def cdiff_loss(prediction: Tensor, raw_variance: Tensor, target: Tensor, alphas_cumprod_t: Tensor) -> Tensor:
+    """The confidence-guided loss: a beta-NLL (Seitzer et al., ICLR 2022) with beta = sqrt(alphas_cumprod[t]).
+
+    prediction, target (B, 4, h, w); raw_variance (B, 1, h, w); alphas_cumprod_t (B,) -> scalar.
+
+        nll = ((target - prediction)^2 / var + log(var) + log(2 pi)) / 2
+        loss = mean(stopgrad(var)^beta * nll)
+
+    Near the clean end beta is 1 and the weight cancels 1/var: the prediction's gradient is that of L2. At high
+    noise beta is 0 and it is the full likelihood, which excuses errors where the network expects them.
+    """
+    var = variance(raw_variance)
+    nll = 0.5 * ((target - prediction) ** 2 / var + var.log() + math.log(2 * math.pi))
+    beta = alphas_cumprod_t.sqrt()[:, None, None, None]
+    return (var.detach() ** beta * nll).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The network: channel surgery, conditioning
+
+
+def widen_input(unet: UNet) -> None:
+    """Makes the U-Net take (SAR latent, noisy latent): conv_in's weights twice, halved; bias kept. In place."""
+    old = unet.conv_in
+    unet.conv_in = nn.Conv2d(2 * old.in_channels, old.out_channels, 3, padding=1, device="meta")
+    unet.conv_in.weight = nn.Parameter(old.weight.detach().repeat(1, 2, 1, 1) * 0.5)
+    unet.conv_in.bias = old.bias
+    unet.config["in_channels"] = unet.conv_in.in_channels
+
+
+def add_variance_channel(unet: UNet) -> None:
+    """Gives the U-Net one more output channel, the raw variance, with zero weight and bias. In place."""
+    old = unet.conv_out
+    unet.conv_out = nn.Conv2d(old.in_channels, old.out_channels + 1, 3, padding=1, device="meta")
+    unet.conv_out.weight = nn.Parameter(torch.cat([old.weight.detach(), torch.zeros_like(old.weight[:1])]))
+    unet.conv_out.bias = nn.Parameter(torch.cat([old.bias.detach(), torch.zeros_like(old.bias[:1])]))
+    unet.config["out_channels"] = unet.conv_out.out_channels
+
+
+def denoise(
+    unet: Callable[..., Tensor], z_sar: Tensor, z_t: Tensor, t: Tensor | int, context: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """One call of the U-Net: z_sar, z_t (B, 4, h, w), t scalar or (B,), context (1 or B, tokens, width)
+    -> prediction (B, 4, h, w) and raw variance (B, 1, h, w), None from a model without the fifth channel.
+    """
+    channels = z_t.shape[1]
+    output = unet(torch.cat([z_sar, z_t], dim=1), t, context)
+    return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model
+
+
+class CDiffSET(nn.Module):
+    """VAE, U-Net, prompt embedding (1, tokens, width) and noise schedule, in evaluation mode when loaded.
+
+    from_base: whether the weights were a text-to-image model's, which translates only after fine-tuning.
+    """
+
+    def __init__(self, vae: AutoencoderKL, unet: UNet, prompt_embedding: Tensor, scheduler: DDPMScheduler):
+        super().__init__()
+        self.vae, self.unet, self.scheduler = vae, unet, scheduler
+        self.register_buffer("prompt_embedding", prompt_embedding)
+        self.from_base = False
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        unet: str | Path | None = None,
+        *,
+        variance: bool = True,
+        prediction_type: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "CDiffSET":
+        """Loads a diffusers folder or an original single file.
+
+        unet: a safetensors file whose U-Net replaces that of `path` (the released checkpoints).
+        variance: whether a base Stable Diffusion (4 channels in, 4 out) is given the fifth output channel beside
+            the wider input; False for stage 1 of the training. A C-DiffSET model is taken as it is.
+        prediction_type: "epsilon", "v_prediction" or "sample", where the path does not tell or tells wrong.
+        Raises ValueError naming the file and the first tensors concerned if anything does not fit.
+        """
+        parts = open_model(path)
+        base = parts["unet"]
+        network = build(UNet, open_unet(unet, base) if unet else base, dtype)
+        vae = build(AutoencoderKL, parts["vae"], dtype)
+
+        embedding = load_prompt_embedding(path)
+        if embedding is None:
+            if "text_encoder" not in parts:
+                raise ValueError(f"{path}: neither prompt_embedding.safetensors nor text_encoder/ in it")
+            with torch.inference_mode():
+                embedding = build(CLIPTextModel, parts["text_encoder"])(torch.tensor([PROMPT_IDS]))
+            embedding = embedding.clone()  # out of inference mode, so that training may use it
+        width = network.config["cross_attention_dim"]
+        if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[2] != width:
+            raise ValueError(f"{path}: prompt embedding of shape {tuple(embedding.shape)}, not (1, tokens, {width})")
+
+        model = cls(vae, network, embedding.to(dtype), load_scheduler(path, prediction_type))
+        latent = vae.config["latent_channels"]
+        channels = (network.config["in_channels"], network.config["out_channels"])
+        if channels == (latent, latent):
+            model.from_base = True
+            widen_input(network)
+            if variance:
+                add_variance_channel(network)
+        elif channels not in ((2 * latent, latent), (2 * latent, latent + 1)):
+            raise ValueError(
+                f"{unet or path}: U-Net with {channels[0]} input and {channels[1]} output channels; expected "
+                f"{latent} and {latent} (Stable Diffusion) or {2 * latent} and {latent + 1} (C-DiffSET)"
+            )
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder that `from_pretrained` and diffusers open, in the model's own dtype, atomically by file."""
+        save_model(folder, self.vae, self.unet, self.scheduler, self.prompt_embedding)
+
+    @property
+    def unit(self) -> int:
+        """Image sides are padded to multiples of this: the VAE's factor times the U-Net's, 64 for SD."""
+        return self.vae.factor * self.unet.unit
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> latent (B, 4, H/8, W/8): posterior mean * scaling_factor, no sampling."""
+        weight = self.vae.quant_conv.weight
+        return self.vae.encode(image.to(weight))[0] * self.vae.scaling_factor
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The inverse of `encode`: (B, 4, h, w) -> (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        weight = self.vae.quant_conv.weight
+        return self.vae.decode(latent.to(weight) / self.vae.scaling_factor)
+
+    @torch.inference_mode()
+    def translate(
+        self,
+        sar: Tensor,
+        steps: int = 50,
+        seed: int | Sequence[int] = 0,
+        spacing: str = "leading",
+        progress: Callable[[Sequence], Sequence] = lambda timesteps: timesteps,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Translates SAR images: sar (B, 3, H, W) in [-1, 1], any H and W >= 8.
+
+        Returns the EO images (B, 3, H, W) in [-1, 1] and the confidence (B, 1, H, W), 1 / variance at the middle
+        step; None from a model without a variance channel. Both float32, on the model's device. The defaults are
+        the paper's (section IV-A).
+        seed: image i starts from the noise of seed + i, or of seed[i]; it depends on neither device nor batch.
+        progress: wraps the timesteps, e.g. in tqdm.
+        Raises ValueError on a shape, a number of steps or a spacing that cannot be.
+        """
+        if sar.ndim != 4 or sar.shape[1] != 3 or min(sar.shape[2:]) < 8:
+            raise ValueError(f"SAR image of shape {tuple(sar.shape)}: expected (B, 3, H, W) with H and W at least 8")
+        seeds = [seed + i for i in range(len(sar))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(sar):
+            raise ValueError(f"{len(seeds)} seeds for {len(sar)} images")
+        config = self.scheduler.config | {"steps": steps, "spacing": spacing}
+        scheduler = DDIMScheduler(**config)
+        context = self.prompt_embedding
+
+        height, width = sar.shape[2:]
+        padded = pad_to_multiple(sar.float(), self.unit)
+        z_sar = self.encode(padded.to(context.device))
+        # the schedule is computed in float32 whatever the networks' precision
+        z_t = torch.cat([initial_noise(s, z_sar.shape[1:]) for s in seeds]).to(context.device)
+        confidence = None
+        for i, t in enumerate(progress(scheduler.timesteps.tolist())):
+            prediction, raw = denoise(self.unet, z_sar, z_t.to(z_sar.dtype), t, context)
+            if raw is not None and i == steps // 2:
+                confidence = 1 / variance(raw.float())
+            z_t = scheduler.step(prediction.float(), t, z_t)
+        eo = self.decode(z_t).float().clamp(-1, 1)[:, :, :height, :width]
+        if confidence is not None:
+            confidence = F.interpolate(confidence, size=padded.shape[2:], mode="bicubic", align_corners=False)
+            confidence = confidence[:, :, :height, :width]
+        return eo, confidence
+
+
+def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (1, *shape) float32, drawn on the CPU: the same on every device."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+
+
+def pad_to_multiple(image: Tensor, unit: int) -> Tensor:
+    """Pads (B, C, H, W) at the right and bottom to multiples of `unit`: by reflection, or by repeating the edge
+    on an axis that is too short to reflect.
+    """
+    height, width = image.shape[2:]
+    for pad, size, right in ((-width % unit, width, True), (-height % unit, height, False)):
+        if pad:
+            amount = (0, pad, 0, 0) if right else (0, 0, 0, pad)
+            image = F.pad(image, amount, mode="reflect" if pad < size else "replicate")
+    return image

@@ -1,0 +1,52 @@
+"""What every script does alike: one-line errors with exit code 2, clean stops, the choice of the device."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+# 128 + signal number, as shells report it
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a script's main() and exits with its code.
+
+    ValueError and OSError are the user's to mend (bad input, full disk): one line on standard error, exit code 2.
+    Ctrl-C and SIGTERM unwind, so that temporary files are removed: exit code 130 or 143. Anything else is a bug
+    of ours and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks (names of files may hold some)."""
+    return " ".join(str(error).split())
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def choose_device(name: str | None) -> str:
+    """The device asked for, or "cuda" where there is one, else "cpu". Raises ValueError if it is not there."""
+    import torch  # here, because scripts that need no torch start faster without
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
