@@ -1,0 +1,651 @@
+"""data.py: layouts, splits without leaks, pixel formats, augmentation, and every way a file can be wrong."""
+
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+
+SENTINEL1 = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "sentinel1"
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape, dtype="uint8", high=256):
+    return RNG.integers(0, high, shape).astype(dtype)
+
+
+def picture(path, pixels=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(16, 16, 3) if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def geotiff(path, bands, **profile):
+    rasterio = pytest.importorskip("rasterio")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = bands.shape
+    shape = {"count": count, "height": height, "width": width, "dtype": bands.dtype}
+    place = {"crs": "EPSG:32631", "transform": rasterio.transform.from_origin(5e5, 5e6, 10, 10)}
+    with rasterio.open(path, "w", driver="GTiff", **shape, **{**place, **profile}) as dataset:
+        dataset.write(bands)
+    return path
+
+
+def sen12(root, scenes=5, patches=4):
+    for season in ("ROIs1158_spring", "ROIs1868_summer"):
+        for scene in range(scenes):
+            for patch in range(patches):
+                for kind in ("s1", "s2"):
+                    picture(root / season / f"{kind}_{scene}" / f"{season}_{kind}_{scene}_p{patch}.png")
+    return root
+
+
+def pairs_of(*scenes):
+    return [data.Pair(Path(f"s{i}.png"), Path(f"e{i}.png"), scene, None) for i, scene in enumerate(scenes)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Layouts
+
+PICTURES = {  # layout: some SAR images, their EO images, the scenes
+    "SEN1-2": (
+        [
+            "ROIs1158_spring/s1_0/ROIs1158_spring_s1_0_p30.png",
+            "ROIs1158_spring/s1_7/ROIs1158_spring_s1_7_p3.png",
+        ],
+        [
+            "ROIs1158_spring/s2_0/ROIs1158_spring_s2_0_p30.png",
+            "ROIs1158_spring/s2_7/ROIs1158_spring_s2_7_p3.png",
+        ],
+        ["ROIs1158_spring_0", "ROIs1158_spring_7"],
+    ),
+    "SEN1-2 by terrain": (
+        ["v_2/agri/s1/ROIs1868_summer_s1_59_p2.png", "v_2/urban/s1/ROIs1868_summer_s1_59_p9.png"],
+        ["v_2/agri/s2/ROIs1868_summer_s2_59_p2.png", "v_2/urban/s2/ROIs1868_summer_s2_59_p9.png"],
+        ["ROIs1868_summer_59", "ROIs1868_summer_59"],
+    ),
+    "QXS-SAROPT": (
+        ["sar_256_oc_0.2/1.png", "sar_256_oc_0.2/20.png"],
+        ["opt_256_oc_0.2/1.png", "opt_256_oc_0.2/20.png"],
+        ["1", "20"],
+    ),
+    "SAR2Opt": (
+        ["testA/3 b.png", "trainA/x.png"],
+        ["testB/3 b.png", "trainB/x.png"],
+        ["3 b", "x"],
+    ),
+    "sar/ and eo/": (
+        ["sar/more/b.JPG", "sar/ü.png"],
+        ["eo/more/b.JPG", "eo/ü.png"],
+        ["more/b.JPG", "ü.png"],
+    ),
+}
+GEOTIFFS = {
+    "SEN12MS": (
+        ["ROIs1158_spring/s1_1/ROIs1158_spring_s1_1_p30.tif"],
+        ["ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p30.tif"],
+        ["ROIs1158_spring_1"],
+    ),
+    "SpaceNet6": (
+        ["SAR-Intensity/SN6_Train_AOI_11_Rotterdam_SAR-Intensity_20190804111224_20190804111453_tile_1.tif"],
+        ["PS-RGB/SN6_Train_AOI_11_Rotterdam_PS-RGB_20190804111224_20190804111453_tile_1.tif"],
+        ["20190804111224_20190804111453"],
+    ),
+}
+
+
+@pytest.mark.parametrize("below", ["", "unpacked/here/"])
+@pytest.mark.parametrize("layout", [*PICTURES, *GEOTIFFS])
+def test_every_layout_is_recognised_from_the_folder_alone(tmp_path, layout, below):
+    sars, eos, scenes = {**PICTURES, **GEOTIFFS}[layout]
+    for name in sars + eos:
+        (tmp_path / below / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / below / name).touch()
+    (tmp_path / "README.txt").touch()
+    found = data.find_pairs(tmp_path)
+    assert found.layout == layout and not found.unpaired
+    assert [p.sar.relative_to(tmp_path / below).as_posix() for p in found.pairs] == sars
+    assert [p.eo.relative_to(tmp_path / below).as_posix() for p in found.pairs] == eos
+    assert [p.scene for p in found.pairs] == scenes
+
+
+def test_geotiff_layouts_are_read_as_the_paper_says(tmp_path):
+    sars, eos, _ = GEOTIFFS["SpaceNet6"]
+    sar = np.stack([np.linspace(0, 10 + i, 32 * 32, dtype="float32").reshape(32, 32) for i in range(4)])
+    geotiff(tmp_path / sars[0], sar)
+    geotiff(tmp_path / eos[0], noise(3, 32, 32))
+    image = data.read_sar(tmp_path / sars[0])
+    low, high = np.percentile(sar, (1, 99), axis=(1, 2))
+    x = (np.clip(sar.transpose(1, 2, 0), low, high) - low) / (high - low) * 2 - 1
+    expected = np.stack((x[..., 0], (x[..., 1] + x[..., 2]) / 2, x[..., 3]))
+    assert np.allclose(image, expected, atol=1e-5)
+    assert "4 band(s) of float32" in "".join(data.describe(data.find_pairs(tmp_path)))
+
+    sars, eos, _ = GEOTIFFS["SEN12MS"]
+    reflectance = np.zeros((13, 16, 16), "uint16")
+    reflectance[3], reflectance[2], reflectance[1] = 3000, 1500, 0  # red, green, blue
+    eo = data.read_eo(geotiff(tmp_path / eos[0], reflectance))
+    assert [float(c.unique()) for c in eo] == [1, 0, -1]
+
+
+def test_the_split_of_sar2opt_is_the_given_one(tmp_path):
+    for name in ("trainA/a", "trainB/a", "trainA/b", "trainB/b", "testA/c", "testB/c"):
+        picture(tmp_path / f"{name}.png")
+    train, test = data.split_pairs(data.find_pairs(tmp_path).pairs)
+    assert [p.sar.parent.name for p in train] == ["trainA"] * 2
+    assert [p.sar.parent.name for p in test] == ["testA"]
+
+
+def test_what_has_no_partner_is_counted_and_named(tmp_path):
+    sen12(tmp_path)
+    lost = tmp_path / "ROIs1158_spring/s2_0/ROIs1158_spring_s2_0_p1.png"
+    lost.unlink()
+    found = data.find_pairs(tmp_path)
+    assert len(found.pairs) == 39
+    assert [path.name for path in found.unpaired] == ["ROIs1158_spring_s1_0_p1.png"]
+    text = "\n".join(data.describe(found))
+    assert "SEN1-2: 39 pairs in 10 scenes" in text and "16x16, 3 band(s) of uint8" in text
+    assert "1 image(s) without a partner" in text and "s1_0_p1.png" in text
+
+
+def test_masks_beside_the_pairs_are_ignored_but_can_be_asked_for(tmp_path):
+    sen12(tmp_path)
+    mask = picture(tmp_path / "ROIs1158_spring/change_0/ROIs1158_spring_change_0_p0.png")
+    found = data.find_pairs(tmp_path)
+    assert len(found.pairs) == 40 and not found.unpaired
+    assert data.mask_path(found.pairs[0], "change") == mask
+    assert data.mask_path(found.pairs[0], "class") is None
+
+
+def test_hidden_files_and_loops_of_links_do_no_harm(tmp_path):
+    for kind in ("sar", "eo"):
+        picture(tmp_path / kind / "a.png")
+        picture(tmp_path / kind / "._a.png")
+    (tmp_path / "sar" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "sar" / "dead.png").symlink_to(tmp_path / "nowhere")
+    found = data.find_pairs(tmp_path)
+    assert [p.sar.name for p in found.pairs] == ["a.png"]
+    assert [path.name for path in found.unpaired] == ["dead.png"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "is empty"),
+        (["photo.png", "notes.txt"], "none of the known datasets.*SpaceNet6"),
+        (["sar/a.png", "eo/b.png"], "none has a partner.*eo/b.png"),
+        (["sar/a.png"], "1 SAR and 0 EO"),
+        (["sar/a.png", "eo/a.png", "trainA/b.png", "trainB/b.png"], "pairs of SAR2Opt and sar/ and eo/"),
+    ],
+)
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path, files, message):
+    for name in files:
+        picture(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=message) as caught:
+        data.find_pairs(tmp_path)
+    assert tmp_path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_or_nothing_is_no_folder(tmp_path):
+    for path in (picture(tmp_path / "a.png"), tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is not a folder"):
+            data.find_pairs(path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Splits
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_scene_is_on_both_sides(seed):
+    sizes = np.random.default_rng(seed).integers(1, 30, 2 + 3 * seed)
+    pairs = pairs_of(*(f"scene {i}" for i, size in enumerate(sizes) for _ in range(size)))
+    train, test = data.split_pairs(pairs, seed)
+    assert train and test and sorted(train + test) == sorted(pairs)
+    assert not {p.scene for p in train} & {p.scene for p in test}
+    if len(sizes) > 10:
+        assert 0.15 < len(test) / len(pairs) < 0.25
+
+
+def test_the_terrains_of_one_scene_stay_together(tmp_path):
+    for terrain in ("agri", "urban"):
+        for scene in range(4):
+            for kind in ("s1", "s2"):
+                picture(tmp_path / terrain / kind / f"ROIs1868_summer_{kind}_{scene}_p{len(terrain)}.png")
+    train, test = data.split_pairs(data.find_pairs(tmp_path).pairs)
+    assert len(train) == 6 and {p.sar.parts[-3] for p in test} == {"agri", "urban"}
+
+
+def test_the_split_depends_on_seed_and_names_alone():
+    pairs = pairs_of(*(f"scene {i // 3}" for i in range(60)))
+    assert data.split_pairs(pairs, 1) == data.split_pairs(pairs, 1)
+    assert data.split_pairs(pairs, 1) != data.split_pairs(pairs, 2)
+    _, test = data.split_pairs(pairs, 1)
+    _, test_of_reversed = data.split_pairs(pairs[::-1], 1)
+    assert sorted(test) == sorted(test_of_reversed)
+    assert sorted({p.scene for p in test}) == ["scene 1", "scene 16", "scene 2", "scene 3"]  # on any machine
+
+
+@pytest.mark.parametrize("scenes", [[], ["a"], ["a", "a", "a"]])
+def test_fewer_than_two_scenes_cannot_be_split(scenes):
+    with pytest.raises(ValueError, match="too few scenes"):
+        data.split_pairs(pairs_of(*scenes))
+
+
+@pytest.mark.parametrize("held_out", [0, 1, -1, float("nan")])
+def test_a_held_out_fraction_outside_0_to_1_is_refused(held_out):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        data.split_pairs(pairs_of("a", "b"), held_out=held_out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def test_8_bit_is_divided_by_127_5(tmp_path):
+    ramp = np.arange(256, dtype="uint8").reshape(16, 16)
+    for name in ("a.png", "a.tif"):
+        path = picture(tmp_path / name, ramp)
+        for image in (data.read_sar(path), data.read_eo(path)):
+            assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+            assert torch.equal(image[1], torch.from_numpy(ramp).float() / 127.5 - 1)
+
+
+def test_16_bit_maps_its_full_range(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype("uint16").reshape(16, 16)
+    paths = [picture(tmp_path / "a.png", ramp), picture(tmp_path / "a.tif", ramp)]
+    for path in [*paths, geotiff(tmp_path / "geo.tif", ramp[None])]:
+        for image in (data.read_sar(path), data.read_eo(path)):
+            assert torch.allclose(image[2], torch.from_numpy(ramp.astype("float32")) / 32767.5 - 1, atol=1e-6)
+            assert image.min() == -1 and image.max() == 1
+
+
+def test_16_bit_rgb_tiff_keeps_its_low_bits(tmp_path):
+    rgb = noise(3, 16, 16, dtype="uint16", high=200)  # high bytes are all 0
+    image = data.read_eo(geotiff(tmp_path / "a.tif", rgb, crs=None, transform=None))
+    assert torch.allclose(image, torch.from_numpy(rgb.astype("float32")) / 32767.5 - 1, atol=1e-6)
+
+
+def test_one_channel_is_repeated_and_rgb_kept(tmp_path):
+    rgb = noise(16, 16, 3)
+    assert np.array_equal(data.to_uint8(data.read_sar(picture(tmp_path / "rgb.png", rgb))), rgb)
+    grey = data.read_sar(picture(tmp_path / "grey.png", rgb[..., 0]))
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+
+
+def test_black_and_white_and_palettes_become_their_colours(tmp_path):
+    white = np.zeros((16, 16), bool)
+    white[:8] = True
+    image = data.read_sar(picture(tmp_path / "bw.png", white))
+    assert image[:, :8].unique() == 1 and image[:, 8:].unique() == -1
+    colours = Image.fromarray(np.repeat(np.uint8([[[255, 0, 0], [0, 255, 0]]]), 16, 0).repeat(8, 1))
+    for name in ("p.png", "p.tif"):
+        colours.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / name)
+        assert np.array_equal(data.to_uint8(data.read_eo(tmp_path / name)), np.asarray(colours))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_transparent_pixels_are_no_data_and_alpha_no_colour(tmp_path, channels):
+    pixels = noise(16, 16, channels, high=255) + 1
+    pixels[:4, :, -1] = 0
+    raster = data.read_raster(picture(tmp_path / "a.png", pixels.astype("uint8")))
+    assert len(raster.bands) == channels - 1
+    assert not raster.valid[:4].any() and raster.valid[4:].all()
+    image = data.sar_image(raster, data.sar_range(raster))
+    assert (image[:, :4] == -1).all() and (image[:, 4:] > -1).all()
+
+
+def test_a_stretch_is_by_percentiles_of_each_band_and_only_on_request(tmp_path):
+    path = picture(tmp_path / "dark.png", np.arange(256, dtype="uint16").reshape(16, 16) + 100)
+    assert data.read_sar(path).max() < -0.98
+    image = data.read_sar(path, stretch=(0, 100))
+    assert image.min() == -1 and image.max() == 1
+
+
+def test_decibels_have_a_fixed_range_for_each_polarisation(tmp_path):
+    db = np.full((2, 16, 16), -12.5, "float32")
+    db[1] = -16.25
+    db[:, 0, 0], db[:, 0, 1] = -99, 9
+    image = data.read_sar(geotiff(tmp_path / "a.tif", db))
+    assert image[:, 0, 0].eq(-1).all() and image[:, 0, 1].eq(1).all() and image[:, 1:].eq(0).all()
+
+
+def test_two_polarisations_become_co_cross_and_their_mean(tmp_path):
+    image = data.read_sar(geotiff(tmp_path / "a.tif", noise(2, 16, 16)))
+    assert torch.allclose(image[2], (image[0] + image[1]) / 2) and not torch.equal(image[0], image[1])
+
+
+def test_float_data_are_decibels_if_anything_is_negative_unless_told(tmp_path):
+    linear = RNG.gamma(1, 0.1, (2, 16, 16)).astype("float32")
+    db = 10 * np.log10(linear)
+    linear_path, db_path = geotiff(tmp_path / "linear.tif", linear), geotiff(tmp_path / "db.tif", db)
+    rasters = [data.read_raster(path) for path in (linear_path, db_path)]
+    assert np.array_equal(data.sar_range(rasters[0]), np.percentile(linear, (1, 99), axis=(1, 2)))
+    assert np.array_equal(data.sar_range(rasters[1]), [[-25, -32.5], [0, 0]])
+    assert np.array_equal(data.sar_range(rasters[0], "db"), [[-25, -32.5], [0, 0]])
+    assert np.array_equal(data.sar_range(rasters[1], "linear"), np.percentile(db, (1, 99), axis=(1, 2)))
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 60000])
+def test_constant_intensity_is_dark_not_nan(tmp_path, value):
+    image = data.read_sar(geotiff(tmp_path / "a.tif", np.full((1, 16, 16), value, "float32")))
+    assert image.eq(-1).all()
+
+
+def test_no_data_is_dark_masked_and_left_out_of_the_range(tmp_path):
+    bands = RNG.uniform(1, 2, (2, 16, 16)).astype("float32")
+    clean = data.sar_range(data.read_raster(geotiff(tmp_path / "clean.tif", bands[:, 4:])))
+    bands[0, :2], bands[1, 2:4] = -9999, np.nan  # in one band each
+    raster = data.read_raster(geotiff(tmp_path / "a.tif", bands, nodata=-9999))
+    assert not raster.valid[:4].any() and raster.valid[4:].all()
+    assert np.array_equal(data.sar_range(raster), clean)
+    assert data.sar_image(raster, clean)[:, :4].eq(-1).all()
+
+
+def test_zero_in_one_colour_is_no_missing_pixel(tmp_path):
+    rgb = np.full((3, 16, 16), 9, "uint8")
+    rgb[0, 0], rgb[:, 1] = 0, 0
+    raster = data.read_raster(geotiff(tmp_path / "a.tif", rgb, nodata=0))
+    assert raster.valid[0].all() and not raster.valid[1].any()
+
+
+def test_a_window_is_part_of_the_whole(tmp_path):
+    windows = pytest.importorskip("rasterio.windows")
+    path = geotiff(tmp_path / "a.tif", RNG.uniform(-20, 0, (2, 40, 50)).astype("float32"), nodata=-1)
+    with data.open_geotiff(path) as dataset:
+        part = data.read_window(dataset, windows.Window(col_off=7, row_off=9, width=20, height=10))
+        small = data.read_window(dataset, shape=(4, 5))
+    assert small.bands.shape == (2, 4, 5) and small.valid.shape == (4, 5)
+    whole = data.read_raster(path)
+    limits = data.sar_range(whole)
+    assert torch.equal(data.sar_image(part, limits), data.sar_image(whole, limits)[:, 9:19, 7:27])
+
+
+@pytest.mark.skipif(not SENTINEL1.is_dir(), reason="the real Sentinel-1 tiles are not here")
+def test_real_sentinel1_tiles_use_the_range_without_clipping():
+    pytest.importorskip("rasterio")
+    for path in sorted(SENTINEL1.glob("*.tif")):
+        image = data.read_sar(path)
+        assert image.shape == (3, 256, 256)
+        assert image.abs().eq(1).float().mean() < 0.01 and 0.1 < image.std() < 0.5 and abs(image.mean()) < 0.2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files that cannot be used
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def bomb(width, height, bits=8, colour=0):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+def encoded(tmp_path, format_, pixels=None, mode=None, **options):
+    image = Image.fromarray(noise(16, 16, 3) if pixels is None else pixels)
+    image.convert(mode or image.mode).save(tmp_path / "source", format_, **options)
+    return (tmp_path / "source").read_bytes()
+
+
+BAD = {
+    "empty": lambda t: b"",
+    "text": lambda t: b"this is not an image",
+    "only a signature": lambda t: b"\x89PNG\r\n\x1a\n",
+    "truncated PNG": lambda t: encoded(t, "PNG")[:-200],
+    "truncated JPEG": lambda t: encoded(t, "JPEG")[:-200],
+    "truncated TIFF": lambda t: encoded(t, "TIFF")[:-200],
+    "truncated header": lambda t: encoded(t, "TIFF")[:12],
+    "flipped bits": lambda t: encoded(t, "PNG")[:60] + bytes(40) + encoded(t, "PNG")[100:],
+    "bomb": lambda t: bomb(25_000, 25_000),
+    "colour bomb": lambda t: bomb(20_000, 20_000, colour=6),
+    "small bomb": lambda t: bomb(8192, 8192),
+    "bigger bomb": lambda t: bomb(2**31 - 1, 2**31 - 1),
+    "GIF": lambda t: encoded(t, "GIF"),
+    "CMYK": lambda t: encoded(t, "JPEG", mode="CMYK"),
+    "animation": lambda t: encoded(t, "PNG", save_all=True, append_images=[Image.new("RGB", (16, 16))]),
+    "pages": lambda t: encoded(t, "TIFF", save_all=True, append_images=[Image.new("RGB", (16, 16))]),
+    "too small": lambda t: encoded(t, "PNG", noise(7, 4097)),
+    "one pixel": lambda t: encoded(t, "PNG", noise(1, 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "error::PIL.Image.DecompressionBombWarning")  # as data.py
+@pytest.mark.parametrize("read", [data.read_sar, data.read_eo])
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, case, read, capfd):
+    path = tmp_path / "näme with 'quotes'\nand a newline.png"
+    path.write_bytes(BAD[case](tmp_path))
+    with pytest.raises(data.ImageError) as caught:
+        read(path)
+    assert repr(str(path)) in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+BAD_GEOTIFFS = {
+    "complex": (np.zeros((1, 16, 16), "complex64"), {}, "complex"),
+    "five bands": (np.zeros((5, 16, 16), "float32"), {}, "5 bands"),
+    "signed integers": (np.zeros((1, 16, 16), "int16"), {}, "int16"),
+    "all no-data": (np.full((1, 16, 16), np.nan, "float32"), {}, "no valid pixel"),
+    "palette": (np.zeros((1, 16, 16), "uint8"), {"photometric": "palette"}, "palette"),
+    "one bit": (np.zeros((1, 16, 16), "uint8"), {"nbits": 1}, "palette"),
+    "twelve bits": (np.zeros((1, 16, 16), "uint16"), {"nbits": 12}, "neither 8 nor 16 bits"),
+    "small": (np.zeros((1, 4, 16), "uint8"), {}, "16x4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GEOTIFFS)
+def test_a_geotiff_that_is_no_sar_image_is_refused(tmp_path, case):
+    bands, profile, message = BAD_GEOTIFFS[case]
+    path = geotiff(tmp_path / "bad.tif", bands, **profile)
+    with pytest.raises(data.ImageError, match=message) as caught:
+        data.read_sar(path)
+    assert "bad.tif" in str(caught.value)
+
+
+def test_a_truncated_geotiff_and_a_lying_header_are_named(tmp_path, capfd):
+    path = geotiff(tmp_path / "a.tif", noise(2, 64, 64).astype("float32"), compress="deflate")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(data.ImageError, match=r"a\.tif"):
+        data.read_sar(path)
+    profile = {
+        "sparse_ok": True,
+        "width": 2**17,
+        "height": 2**17,
+        "count": 1,
+        "dtype": "float32",
+        "tiled": True,
+    }
+    rasterio = pytest.importorskip("rasterio")
+    rasterio.open(tmp_path / "huge.tif", "w", driver="GTiff", crs="EPSG:32631", **profile).close()
+    with pytest.raises(data.ImageError, match=r"huge\.tif.*131072x131072"):
+        data.read_sar(tmp_path / "huge.tif")
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png", tmp_path / "missing.png"):
+        with pytest.raises(data.ImageError, match=path.name):
+            data.read_sar(path)
+
+
+def test_a_geotiff_without_rasterio_says_what_to_install(tmp_path, monkeypatch):
+    path = geotiff(tmp_path / "a.tif", np.zeros((2, 16, 16), "float32"))
+    plain = picture(tmp_path / "plain.tif")
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(data.ImageError, match=r"a\.tif.*pip install rasterio"):
+        data.read_sar(path)
+    data.read_sar(plain)  # needs none
+
+
+@pytest.mark.parametrize("options", [{"scale": "dB"}, {"stretch": (99, 1)}, {"stretch": (-1, 50)}])
+def test_wrong_options_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="must be"):
+        data.read_sar(picture(tmp_path / "a.png"), **options)
+
+
+def test_eo_must_be_colours(tmp_path):
+    for bands in (np.zeros((2, 16, 16), "uint8"), np.zeros((3, 16, 16), "float32")):
+        with pytest.raises(data.ImageError, match=r"a\.tif.* band"):
+            data.read_eo(geotiff(tmp_path / "a.tif", bands))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_both_images_are_augmented_alike():
+    image = torch.randn(3, 20, 30)
+    for seed in range(50):
+        sar, eo = data.augment(image, image, 16, generator(seed))
+        assert sar.shape == (3, 16, 16) and torch.equal(sar, eo)
+
+
+def test_all_eight_orientations_occur_as_often_as_the_paper_has_them():
+    image = torch.arange(4.0).reshape(1, 2, 2)
+    all_eight = {tuple(data.orient(image, k).flatten().tolist()) for k in range(8)}
+    assert len(all_eight) == 8
+    drawn = [data.augment(image, image, 2, generator(i))[0].flatten().tolist() for i in range(2000)]
+    counts = {key: sum(tuple(x) == key for x in drawn) for key in all_eight}
+    odd = [counts.pop(tuple(data.orient(image, k).flatten().tolist())) for k in (1, 3, 5, 7)]
+    assert all(80 < count < 170 for count in odd)  # a rotation has p = 1/2, and half of them are odd: 1/16 each
+    assert all(310 < count < 440 for count in counts.values())  # so 3/16 each
+
+
+def test_flips_before_the_turn_equal_the_orientation():
+    image = torch.randn(1, 6, 6)
+    for seed in range(40):
+        top, left, orientation = data.draw_augmentation(6, 6, 6, generator(seed))
+        g = generator(seed)
+        draws = [int(torch.randint(n, (), generator=g)) for n in (1, 1, 2, 2, 2, 4)]
+        expected = image.flip(-1) if draws[2] else image
+        expected = expected.flip(-2) if draws[3] else expected
+        expected = expected.rot90(draws[5], (-2, -1)) if draws[4] else expected
+        assert (top, left) == (0, 0) and torch.equal(data.orient(image, orientation), expected)
+
+
+def test_crops_reach_every_place():
+    places = {data.draw_augmentation(5, 6, 4, generator(i))[:2] for i in range(200)}
+    assert places == {(top, left) for top in range(2) for left in range(3)}
+
+
+def test_the_central_crop_is_central():
+    image = torch.arange(100).reshape(1, 10, 10)
+    assert torch.equal(data.center_crop(image, 4), image[:, 3:7, 3:7])
+
+
+def test_a_crop_larger_than_the_image_is_refused():
+    image = torch.zeros(3, 16, 20)
+    for crop in (lambda: data.center_crop(image, 17), lambda: data.augment(image, image, 17, generator(0))):
+        with pytest.raises(ValueError, match="20x16 pixels is smaller than the crop of 17x17"):
+            crop()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return data.find_pairs(sen12(tmp_path_factory.mktemp("sen12"), scenes=2, patches=3)).pairs
+
+
+def load(pairs, start, stop, seed=0, workers=0, **ranks):
+    dataset = data.PairDataset(pairs, 8, seed)
+    loader = DataLoader(dataset, batch_sampler=data.batches(start, stop, 4, **ranks), num_workers=workers)
+    return list(loader)
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for xs, ys in zip(a, b) for x, y in zip(xs, ys))
+
+
+def test_workers_do_not_change_the_samples(pairs):
+    assert equal(load(pairs, 0, 7), load(pairs, 0, 7, workers=2))
+
+
+def test_the_seed_does(pairs):
+    assert not equal(load(pairs, 0, 2), load(pairs, 0, 2, seed=1))
+
+
+def test_resuming_at_a_step_gives_the_rest_of_the_run(pairs):
+    assert equal(load(pairs, 0, 7)[4:], load(pairs, 4, 7))
+
+
+def test_ranks_share_each_batch(pairs):
+    whole = load(pairs, 0, 5)
+    for rank in range(2):
+        part = load(pairs, 0, 5, rank=rank, world=2)
+        assert equal(part, [[x[rank::2] for x in batch] for batch in whole])
+
+
+def test_each_epoch_sees_every_pair_once_in_another_order_and_place(pairs):
+    dataset = data.PairDataset(pairs, 8)
+    epochs = [[dataset.pair(e * len(pairs) + i) for i in range(len(pairs))] for e in range(3)]
+    assert all(sorted(epoch) == sorted(pairs) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = epochs[1].index(epochs[0][0]) + len(pairs)
+    assert not torch.equal(dataset[0][0], dataset[again][0])
+
+
+def test_testing_is_in_order_and_from_the_centre(pairs):
+    dataset = data.PairDataset(pairs, 8, train=False)
+    for i, pair in enumerate(pairs):
+        sar, eo = dataset[i]
+        assert torch.equal(sar, data.read_sar(pair.sar)[:, 4:12, 4:12])
+        assert torch.equal(eo, data.read_eo(pair.eo)[:, 4:12, 4:12])
+
+
+def test_a_pair_of_unequal_sizes_is_named_with_both_sizes(tmp_path):
+    picture(tmp_path / "sar/a.png", noise(16, 24))
+    picture(tmp_path / "eo/a.png", noise(16, 16))
+    dataset = data.PairDataset(data.find_pairs(tmp_path).pairs, 8)
+    with pytest.raises(ValueError, match=r"sar/a\.png' is 24x16 but .*eo/a\.png' is 16x16"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_image_smaller_than_the_crop_is_named(pairs, train):
+    with pytest.raises(ValueError, match=r"_s1_.*\.png.*16x16 pixels is smaller than the crop of 32x32"):
+        data.PairDataset(pairs, 32, train=train)[0]
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="a batch of 5"):
+        data.batches(0, 1, 5, rank=0, world=2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def test_every_grey_value_survives_reading_and_writing(tmp_path):
+    ramp = np.arange(256, dtype="uint8").reshape(16, 16)
+    data.save_image(tmp_path / "a.png", data.read_sar(picture(tmp_path / "in.png", ramp)), {"seed": "7"})
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.asarray(image)[..., 1], ramp) and image.text["seed"] == "7"
+
+
+def test_values_beyond_the_range_are_clamped():
+    image = torch.tensor([-9.0, -1, 0, 1, 9]).repeat(3, 1, 1)
+    assert data.to_uint8(image)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = picture(tmp_path / "a.png")
+    before = path.read_bytes()
+    with pytest.raises((TypeError, ValueError)):
+        data.save_image(path, np.zeros((4, 4, 7), "uint8"))
+    with pytest.raises(OSError):
+        data.save_image(tmp_path / "nowhere" / "b.png", noise(8, 8))
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
