@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import batches
+from data import batches, seed_of
 from files import atomic
 from weights import save_tensors
 
@@ -69,12 +70,13 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def sample_noise(shape: tuple[int, ...], seed: int, positions: list[int], timesteps: int = 1000) -> tuple[Tensor, Tensor]:
+def sample_noise(
+    shape: tuple[int, ...], seed: int, positions: list[int], timesteps: int = 1000
+) -> tuple[Tensor, Tensor]:
     """Standard normal noise (B, *shape) and uniform timesteps (B,), each sample's from (seed, its position)."""
     noise, t = [], []
     for position in positions:
-        # an odd multiplier spreads the seeds, so that seed 0, position 1 is not seed 1, position 0
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2**63)
+        generator = torch.Generator().manual_seed(seed_of(seed, "noise", position))
         noise.append(torch.randn(shape, generator=generator))
         t.append(torch.randint(timesteps, (), generator=generator))
     return torch.stack(noise), torch.stack(t)
@@ -93,8 +95,15 @@ def start_processes(device: str) -> tuple[str, int, int]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # the others wait while the first one validates or fills the cache, which may take hours
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
     return device, dist.get_rank(), world
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 @contextmanager
@@ -132,9 +141,10 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 def _start_worker(_worker: int) -> None:
-    # Ctrl-C reaches the workers too: they must live until the step is finished
+    # signals reach the workers too (Ctrl-C in a terminal, a cluster that ends a job): they must live until the
+    # step is finished; they end when the loop does, or when it dies
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -305,7 +315,7 @@ def _fit(network, loss, dataset, settings, validate, keep_best, name, rank, worl
             for part in of_step:
                 wait = world > 1 and part is not of_step[-1]  # gradients are averaged once a step
                 with autocast, parallel.no_sync() if wait else nullcontext():
-                    value = loss(parallel, next(loader), list(part)) / micro
+                    value = loss(parallel, next_batch(loader), list(part)) / micro
                 value.backward()
                 total[0] += value.detach() / world
             total[1] = len(caught)
@@ -342,11 +352,22 @@ def _fit(network, loss, dataset, settings, validate, keep_best, name, rank, worl
                     network.train()
                 if now % settings.save_every == 0 or now == settings.steps or stop:
                     save_checkpoint(network, ema, optimizer, settings, now, best)
-            if world > 1:
-                dist.barrier()
+            wait_for_all()
             if stop and now < settings.steps:
                 return 128 + (caught[0] if caught else signal.SIGTERM)
     return 0
+
+
+def next_batch(loader: Iterator[list[Tensor]]) -> list[Tensor]:
+    """The next batch. Raises ValueError with the message alone where a worker failed."""
+    try:
+        return next(loader)
+    except ValueError as error:  # of a worker: the message comes last, after the worker's traceback as text
+        raise ValueError(str(error).strip().splitlines()[-1].rpartition("Error: ")[2]) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a process that reads images died ({error}); go on with --resume, fewer --workers") from error
 
 
 @contextmanager

@@ -131,13 +131,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="the model folder to write (checkpoints go to DIR/.pretrain)",
     )
-    add("--size", type=positive, default=128, help="side of the training crops in pixels (default: %(default)s)")
+    add("--size", type=positive, default=128, help="side of the U-Net's training crops in pixels (default: %(default)s)")
+    add("--vae-size", type=positive, default=64, help="side of the VAE's training crops (default: %(default)s)")
     add("--vae-steps", type=positive, default=4000, help="training steps of the VAE (default: %(default)s)")
     add("--unet-steps", type=positive, default=4000, help="training steps of the U-Net (default: %(default)s)")
-    add("--vae-widths", type=positive, nargs="+", default=[16, 32, 64], metavar="N",
-        help="channels of the VAE's levels; 3 levels make a factor of 4 (default: 16 32 64)")
-    add("--unet-widths", type=positive, nargs="+", default=[32, 64, 128], metavar="N",
-        help="channels of the U-Net's levels (default: 32 64 128)")
+    add("--vae-widths", type=positive, nargs="+", default=[8, 32, 64, 128], metavar="N",
+        help="channels of the VAE's levels; 4 levels make a factor of 8, as SD's (default: 8 32 64 128)")
+    add("--unet-widths", type=positive, nargs="+", default=[40, 80, 120], metavar="N",
+        help="channels of the U-Net's levels (default: 40 80 120)")
     add("--unet-layers", type=positive, default=1, help="residual blocks a level of the U-Net (default: %(default)s)")
     add("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon",
         help="what the U-Net predicts (default: %(default)s, as in the paper)")
@@ -161,26 +162,28 @@ def main(arguments: list[str] | None = None) -> int:
     found = find_pairs(args.data)
     print("\n".join(describe(found)))
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
-    train = PairDataset(train_pairs, args.size, args.seed)
     held_out = PairDataset(test_pairs, args.size, train=False)
     test = [held_out[i] for i in range(min(64, len(held_out)))]
 
     torch.manual_seed(args.seed)  # of the initial weights; fit draws everything else by position
     vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)
     embedding = torch.randn(1, TOKENS, CONTEXT)
-    model = CDiffSET(vae, unet, embedding, DDPMScheduler(prediction_type=args.prediction_type)).to(device)
+    model = CDiffSET(vae, unet, embedding, DDPMScheduler(prediction_type=args.prediction_type))
+    model.to(device, memory_format=torch.channels_last)
 
     common = {
         "batch_size": args.batch_size, "dtype": args.dtype, "seed": args.seed, "device": device, "keep": 1,
-        "workers": args.workers, "save_every": args.save_every, "validate_every": 500, "resume": args.resume,
+        "workers": args.workers, "save_every": args.save_every, "validate_every": 250, "resume": args.resume,
     }  # fmt: skip
     scratch = args.out / ".pretrain"
-    code = train_vae(vae, train, test, Settings(scratch / "vae", args.vae_steps, lr=args.vae_lr, **common))
+    crops = PairDataset(train_pairs, args.vae_size, args.seed)
+    code = train_vae(vae, crops, test, Settings(scratch / "vae", args.vae_steps, lr=args.vae_lr, **common))
     if code:
         return code
     vae.eval().requires_grad_(False)
     vae.scaling_factor = vae.config["scaling_factor"] = round(measure_scaling_factor(vae, test, device), 5)
-    code = train_unet(model, train, test, Settings(scratch / "unet", args.unet_steps, lr=args.unet_lr, **common))
+    crops = PairDataset(train_pairs, args.size, args.seed)
+    code = train_unet(model, crops, test, Settings(scratch / "unet", args.unet_steps, lr=args.unet_lr, **common))
     if not code:
         model.save_pretrained(args.out)
         print(f"wrote {args.out} (scaling factor {vae.scaling_factor}); next: python train.py --model {args.out}")

@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cache import CachedLatents, build_cache
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from cli import choose_device, positive, run
-from data import PairDataset, describe, find_pairs, save_image, split_pairs, to_uint8
-from images import confidence_picture, grid
-from loop import DTYPES, Settings, fit, sample_noise, start_processes
+from data import PairDataset, describe, find_pairs, split_pairs
+from images import confidence_picture, grid, save_image, to_uint8
+from loop import DTYPES, Settings, fit, sample_noise, start_processes, wait_for_all
 from metrics import psnr, ssim
 from weights import write_json
 
@@ -39,13 +40,20 @@ BANDS = (125, 375, 625, 875)  # the timesteps at which validation measures the n
 PREVIEWS = 6  # rows of the preview grid
 
 
-def objective(model: CDiffSET, kind: str, seed: int) -> Callable[[nn.Module, list[Tensor], list[int]], Tensor]:
-    """The loss of a batch of SAR and EO images: "cdiff" (confidence-guided) or "mse" (stage 1), as `fit` wants it."""
+def objective(
+    model: CDiffSET, kind: str, seed: int, cached: bool
+) -> Callable[[nn.Module, list[Tensor], list[int]], Tensor]:
+    """The loss of a batch, as `fit` wants it: "cdiff" (confidence-guided) or "mse" (stage 1).
+
+    A batch is SAR and EO images, (B, 3, size, size) each, or where `cached` their latents, (B, 4, h, w) each.
+    """
     scheduler = model.scheduler
 
     def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
-        with torch.no_grad():
-            z_sar, z_eo = model.encode(torch.cat(batch).to(model.prompt_embedding.device)).float().chunk(2)
+        z_sar, z_eo = (x.to(model.prompt_embedding.device, non_blocking=True) for x in batch)
+        if not cached:
+            with torch.no_grad():
+                z_sar, z_eo = model.encode(torch.cat([z_sar, z_eo])).float().chunk(2)
         noise, t = sample_noise(z_eo.shape[1:], seed, positions, scheduler.num_train_timesteps)
         noise = noise.to(z_eo.device)
         z_t = scheduler.add_noise(z_eo, noise, t)
@@ -146,6 +154,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the arithmetic; weights stay float32 (default: bfloat16 on GPUs, else float32)")
+    add("--cache", type=Path, metavar="DIR",
+        help="encode all images once and train from their latents: several times faster (default: encode each time)")
     add("--checkpointing", action="store_true", help="recompute activations: much less memory, a third slower")
     add("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
 
@@ -209,6 +219,12 @@ def main(arguments: list[str] | None = None) -> int:
     model.unet.gradient_checkpointing = args.checkpointing
     if cuda:
         model.to(memory_format=torch.channels_last)
+    samples = train
+    if args.cache:
+        if rank == 0:
+            build_cache(model, train, args.cache)
+        wait_for_all()
+        samples = CachedLatents(args.cache / "latents.npy", train)
     settings = Settings(
         out=args.out, steps=args.steps, batch_size=args.batch_size, lr=args.lr, clip=args.clip, ema=args.ema,
         accumulate=args.accumulate, dtype=args.dtype, seed=args.seed, device=device, workers=args.workers,
@@ -222,8 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     code = fit(
         model.unet,
-        objective(model, args.loss, args.seed),
-        train,
+        objective(model, args.loss, args.seed, cached=bool(args.cache)),
+        samples,
         settings,
         check,
         keep_best=lambda: model.save_pretrained(args.out / "model"),
