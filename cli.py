@@ -1,5 +1,6 @@
 """What every script does alike: one-line errors with exit code 2, clean stops, the choice of the device."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -29,6 +30,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks (names of files may hold some)."""
     return " ".join(str(error).split())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help keeps the line breaks of the script's docstring, and whose errors are one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2, without the usage that argparse would print first."""
+        self.exit(2, f"error: {message}; see --help\n")
 
 
 def positive(text: str) -> int:

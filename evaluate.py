@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import synth
 from cdiffset import CDiffSET
-from cli import choose_device, positive, run
+from cli import Parser, choose_device, positive, run
 from data import Pair, PairDataset, describe, find_pairs, mask_path, read_pair, split_pairs
 from images import confidence_picture, grid, save_image, to_uint8
 from metrics import psnr, scc, ssim
@@ -115,7 +115,7 @@ def table(methods: dict[str, list[dict[str, float]]]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     # fmt: off
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="a dataset in any layout that train.py knows")
     add("--model", required=True, type=Path, metavar="PATH", help="a C-DiffSET model folder")

@@ -21,12 +21,10 @@ lean to the west and hide what is east of them. The sun is in the south-east: sh
     python synth.py sen12-synthetic/ --pairs 1000 --size 256 --seed 0
 """
 
-import argparse
 import json
 import math
 import multiprocessing
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +32,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from cli import Parser, run
+from files import atomic
 
 
 class Kind(NamedTuple):
@@ -481,8 +482,8 @@ def write_pair(index: int, out: Path, per_scene: int, seed: int, size: int, look
         folder = out / season / f"{kind}_{scene}"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{season}_{kind}_{scene}_p{patch}.png"
-        picture.save(path.with_suffix(".part"), "PNG")
-        path.with_suffix(".part").replace(path)
+        with atomic(path) as temporary:
+            picture.save(temporary)
 
 
 def write_dataset(out: Path, pairs: int, size: int = 256, seed: int = 0, looks: float = 4, workers: int = 1) -> None:
@@ -509,33 +510,18 @@ def write_dataset(out: Path, pairs: int, size: int = 256, seed: int = 0, looks: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Draws SAR/EO pairs of invented scenes and writes them like SEN1-2: the SAR images in s1_N, the EO "
-        "images in s2_N, and beside them what is known: change_N (1: object only in the SAR image, 2: only in the EO "
-        "image) and class_N (land cover of the EO image). The same options always write the same files.",
-        epilog="example: python synth.py sen12-synthetic/ --pairs 1000 --size 256 --seed 0",
-    )
-    parser.error = lambda message: parser.exit(2, f"synth.py: {message}; see --help\n")  # one line, no usage
-    parser.add_argument("out", type=Path, help="folder to write: a new or an empty one")
-    parser.add_argument("--pairs", type=int, default=1000, help="how many pairs (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side, 64 or more (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another country (default: %(default)s)")
-    parser.add_argument(
-        "--looks", type=float, default=4, help="1: strong speckle, 100: hardly any (default: %(default)s)"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
-    try:
-        write_dataset(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        print(f"synth.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"synth.py: cannot write {error.filename}: {error.strerror}; name another folder", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Writes a dataset; returns the exit code."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("out", type=Path, help="folder to write: a new or an empty one")
+    add("--pairs", type=int, default=1000, help="how many pairs (default: %(default)s)")
+    add("--size", type=int, default=256, help="pixels a side, 64 or more (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed is another country (default: %(default)s)")
+    add("--looks", type=float, default=4, help="1: strong speckle, 100: hardly any (default: %(default)s)")
+    add("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
+    write_dataset(**vars(parser.parse_args(arguments)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cli
 import synth
 
 
@@ -158,23 +159,26 @@ def test_the_number_of_workers_does_not_matter(tmp_path):
     "options", ["--pairs 0", "--size 63", "--size big", "--seed -1", "--looks nan", "--workers 0", "--colour red"]
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(options, tmp_path, capsys):
-    try:
-        code = synth.main([str(tmp_path / "out"), *options.split()])
-    except SystemExit as exit:  # argparse's own
-        code = exit.code
-    message = capsys.readouterr().err
-    assert code == 2 and message.count("\n") == 1 and message.startswith("synth.py: ")
+    code, message = run_script([str(tmp_path / "out"), *options.split()], capsys)
+    assert code == 2 and message.count("\n") == 1 and message.startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("precious")
-    assert synth.main([str(tmp_path)]) == synth.main([str(tmp_path / "mine.txt")]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    for place in (tmp_path, tmp_path / "mine.txt"):
+        code, message = run_script([str(place)], capsys)
+        assert code == 2 and message.count("\n") == 1
     assert files(tmp_path) == {"mine.txt": b"precious"}
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("")
-    assert synth.main([str(tmp_path / "mine.txt" / "out"), "--pairs", "1"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    code, message = run_script([str(tmp_path / "mine.txt" / "out"), "--pairs", "1"], capsys)
+    assert code == 2 and message.count("\n") == 1
+
+
+def run_script(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda: synth.main(arguments))
+    return exit_.value.code, capsys.readouterr().err
