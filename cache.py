@@ -8,7 +8,7 @@ to float16. The cache is bound to the VAE, the files and the size by a fingerpri
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,19 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cdiffset import CDiffSET
-from data import Pair, PairDataset, draw_augmentation, orient, read_pair
+from checkpoint import exclusive
+from data import PairDataset, draw_augmentation, orient, read_pair
+from vae import AutoencoderKL
 from weights import read_json, write_json
 
 ORIENTATIONS = 8
-FLUSH_EVERY = 64  # pairs; at most these are encoded again after an interruption
 
 
 class CachedLatents(Dataset):
-    """The samples of `pairs` as latents: position -> (z_sar, z_eo), each float32 (4, h, w). See `build_cache`."""
+    """The samples of `pairs` as latents: position -> (z_sar, z_eo), each float32 (C, h, w). See `build_cache`."""
 
-    def __init__(self, file: Path, pairs: PairDataset):
-        self.latents = np.load(file, mmap_mode="r")  # (pairs, 8, 2, 4, h, w)
+    def __init__(self, folder: Path, pairs: PairDataset):
+        self.file, self.shape = folder / "latents.bin", read_json(folder / "cache.json")["shape"]
         self.pairs = pairs
 
     def __len__(self) -> int:
@@ -38,59 +39,65 @@ class CachedLatents(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         size = self.pairs.size
         _, _, orientation = draw_augmentation(size, size, size, self.pairs.generator(position))
-        z_sar, z_eo = torch.from_numpy(self.latents[self.pairs.index(position), orientation].astype(np.float32))
+        latents = np.memmap(self.file, np.float16, "r", shape=(len(self), *self.shape))  # nothing is read yet
+        z_sar, z_eo = torch.from_numpy(latents[self.pairs.index(position), orientation].astype(np.float32))
         return z_sar, z_eo
 
 
-def fingerprint(model: CDiffSET, pairs: Sequence[Pair], size: int) -> str:
-    """What the cached numbers depend on: the VAE's weights, the files (name, length, time of change), the size."""
-    digest = hashlib.sha256(f"{size} {model.vae.scaling_factor}".encode())
-    for name, tensor in model.vae.state_dict().items():
+def vae_digest(vae: AutoencoderKL) -> str:
+    """What the latents of an image depend on: the VAE's layers, weights and scaling factor, in hexadecimal."""
+    digest = hashlib.sha256(repr(sorted(vae.config.items())).encode())
+    for name, tensor in vae.state_dict().items():
         digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
-    for pair in pairs:
+    return digest.hexdigest()
+
+
+def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
+    """What the cached numbers depend on: the VAE, the files (name, length, time of change), the size."""
+    digest = hashlib.sha256(f"{vae_digest(model.vae)} {pairs.size}".encode())
+    for pair in pairs.pairs:
         for path in (pair.sar, pair.eo):
             state = path.stat()
-            digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
+            digest.update(f"\0{path.name}\0{state.st_size}\0{state.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> Path:
-    """Encodes what is not encoded yet; returns the file that `CachedLatents` reads.
+def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
+    """Encodes what is not encoded yet into folder/latents.bin, a record a pair: float16 (8, 2, C, h, w).
 
-    The model runs on the device it is on. Raises ValueError if the folder holds another cache, an image is not
-    of the training size (random crops of larger ones cannot be cached), or the disk is too small.
+    The model runs on the device it is on. Raises ValueError if another process fills the folder, if it holds the
+    cache of something else, if an image is not of the training size (random crops of larger ones cannot be
+    cached), or if the disk is too small.
     """
-    device = model.prompt_embedding.device
-    channels, side = model.vae.config["latent_channels"], pairs.size // model.vae.factor
-    shape = (len(pairs), ORIENTATIONS, 2, channels, side, side)
-    key = fingerprint(model, pairs.pairs, pairs.size)
-    folder.mkdir(parents=True, exist_ok=True)
-    file, manifest = folder / "latents.npy", folder / "cache.json"
-    done = 0
-    if manifest.exists():
-        state = read_json(manifest)
-        if state.get("fingerprint") != key:
-            raise ValueError(f"{folder}: holds the cache of another model, dataset or size; delete it or name another")
-        done = int(state["done"])
-    if done < len(pairs) and not file.exists():
-        done, needed, free = 0, 2 * int(np.prod(shape)), shutil.disk_usage(folder).free
+    side = pairs.size // model.vae.factor
+    shape = (ORIENTATIONS, 2, model.vae.config["latent_channels"], side, side)
+    about = {"fingerprint": fingerprint(model, pairs), "shape": list(shape)}
+    file, manifest = folder / "latents.bin", folder / "cache.json"
+    with exclusive(folder):
+        if not (manifest.exists() and read_json(manifest) == about):
+            if manifest.exists() and file.exists() and file.stat().st_size:
+                what = "the cache of another model, dataset, split (--seed) or --size"
+                raise ValueError(f"{folder} holds {what}: delete it, or name another folder")
+            file.unlink(missing_ok=True)
+            write_json(manifest, about)
+        record = 2 * prod(shape)
+        done = file.stat().st_size // record if file.exists() else 0
+        needed, free = record * (len(pairs) - done), shutil.disk_usage(folder).free
         if needed > free:
-            raise ValueError(f"{folder}: the cache needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-    if done == len(pairs):
-        return file
-    latents = np.lib.format.open_memmap(file, "r+" if file.exists() else "w+", np.float16, shape)
-    for i in tqdm(range(done, len(pairs)), initial=done, total=len(pairs), unit="pair", desc="encoding"):
-        images = torch.stack(read_pair(pairs.pairs[i]))  # (2, 3, H, W)
-        if images.shape[2:] != (pairs.size, pairs.size):
-            height, width = images.shape[2:]
-            raise ValueError(
-                f"{pairs.pairs[i].sar}: {width}x{height} pixels, not --size {pairs.size}: random crops of larger "
-                "images cannot be cached; train without --cache, or cut the images first"
-            )
-        turned = torch.cat([orient(images, o) for o in range(ORIENTATIONS)]).to(device)
-        latents[i] = model.encode(turned).float().cpu().numpy().reshape(shape[1:])
-        if (i + 1) % FLUSH_EVERY == 0 or i + 1 == len(pairs):
-            latents.flush()
-            write_json(manifest, {"fingerprint": key, "done": i + 1})
-    return file
+            space = f"{needed / 1e9:.1f} GB for the cache, and {free / 1e9:.1f} GB are free"
+            raise ValueError(f"{folder}: there is too little disk, it takes {space}; name another folder")
+        try:
+            with file.open("ab") as output:
+                output.truncate(done * record)
+                for pair in tqdm(pairs.pairs[done:], initial=done, total=len(pairs), unit="pair", desc="encoding"):
+                    images = torch.stack(read_pair(pair))  # (2, 3, H, W)
+                    if images.shape[2:] != (pairs.size, pairs.size):
+                        size = f"{images.shape[3]}x{images.shape[2]} pixels, not --size {pairs.size}"
+                        advice = "train without --cache, or cut the images first"
+                        raise ValueError(f"{pair.sar}: {size}; random crops cannot be cached: {advice}")
+                    turned = torch.cat([orient(images, i) for i in range(ORIENTATIONS)])
+                    latents = model.encode(turned.to(model.prompt_embedding.device)).cpu().numpy().astype(np.float16)
+                    output.write(latents.tobytes())
+        except OSError as error:
+            raise ValueError(f"{file}: {error}; the same command goes on from pair {done} or later") from error

@@ -29,7 +29,9 @@ from clip import CLIPTextModel
 from scheduler import DDIMScheduler, DDPMScheduler
 from unet import UNet
 from vae import AutoencoderKL
-from weights import build, load_prompt_embedding, load_scheduler, open_model, open_unet, save_model
+from weights import Part, build, load_prompt_embedding, load_scheduler, open_model, open_unet, save_model
+
+__version__ = "0.1.0"  # sample.py writes it into its results
 
 # The fixed prompt, "electro-optical image", tokenised without padding: start, electro, -, optical, image, end
 PROMPT_IDS = (49406, 23244, 268, 16822, 2867, 49407)
@@ -136,16 +138,13 @@ class CDiffSET(nn.Module):
         """
         parts = open_model(path)
         base = parts["unet"]
-        network = build(UNet, open_unet(unet, base) if unet else base, dtype)
-        vae = build(AutoencoderKL, parts["vae"], dtype)
-
         embedding = load_prompt_embedding(path)
         if embedding is None:
             if "text_encoder" not in parts:
-                raise ValueError(f"{path}: neither prompt_embedding.safetensors nor text_encoder/ in it")
-            with torch.inference_mode():
-                embedding = build(CLIPTextModel, parts["text_encoder"])(torch.tensor([PROMPT_IDS]))
-            embedding = embedding.clone()  # out of inference mode, so that training may use it
+                raise ValueError(f"{path}: neither prompt_embedding.safetensors nor a text encoder in it")
+            embedding = embed_prompt(parts["text_encoder"])  # first: its weights go before the others come
+        network = build(UNet, open_unet(unet, base) if unet else base, dtype)
+        vae = build(AutoencoderKL, parts["vae"], dtype)
         width = network.config["cross_attention_dim"]
         if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[2] != width:
             raise ValueError(f"{path}: prompt embedding of shape {tuple(embedding.shape)}, not (1, tokens, {width})")
@@ -202,7 +201,7 @@ class CDiffSET(nn.Module):
         progress: wraps the timesteps, e.g. in tqdm.
         Raises ValueError on a shape, a number of steps or a spacing that cannot be.
         """
-        if sar.ndim != 4 or sar.shape[1] != 3 or min(sar.shape[2:]) < 8:
+        if sar.ndim != 4 or not len(sar) or sar.shape[1] != 3 or min(sar.shape[2:]) < 8:
             raise ValueError(f"SAR image of shape {tuple(sar.shape)}: expected (B, 3, H, W) with H and W at least 8")
         seeds = [seed + i for i in range(len(sar))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(sar):
@@ -227,6 +226,15 @@ class CDiffSET(nn.Module):
             confidence = F.interpolate(confidence, size=padded.shape[2:], mode="bicubic", align_corners=False)
             confidence = confidence[:, :, :height, :width]
         return eo, confidence
+
+
+@torch.no_grad()
+def embed_prompt(text_encoder: Part) -> Tensor:
+    """The fixed prompt's embedding, (1, 6, width) float32. Raises ValueError if the encoder does not fit the prompt."""
+    encoder = build(CLIPTextModel, text_encoder)
+    if encoder.config["vocab_size"] <= max(PROMPT_IDS) or encoder.config["max_position_embeddings"] < len(PROMPT_IDS):
+        raise ValueError(f"{text_encoder.source}: the text encoder is not CLIP's (too small a vocabulary or length)")
+    return encoder(torch.tensor([PROMPT_IDS]))
 
 
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ For real data there is nothing to pretrain: fine-tune Stable Diffusion with `tra
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdiffset import CDiffSET
-from cli import choose_device, positive, run
+from checkpoint import Settings, run_folder
+from cli import Parser, choose_device, positive, run
 from data import PairDataset, describe, find_pairs, split_pairs
-from loop import Settings, fit, sample_noise
+from loop import fit, sample_noise
 from scheduler import DDPMScheduler
+from train import dataset_name
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -72,10 +75,11 @@ def vae_loss(image: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor
 
 
 def train_vae(vae: AutoencoderKL, train: PairDataset, test: list[tuple[Tensor, Tensor]], settings: Settings) -> int:
-    """Trains the VAE on both images of each pair; validation prints the PSNR of both. Returns the exit code."""
+    """Trains the VAE on both images of each pair; validation gives the PSNR of both. Returns the exit code."""
+    device = next(vae.parameters()).device
 
     def loss(vae: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
-        image = torch.cat(batch).to(settings.device)  # SAR and EO images, one batch
+        image = torch.cat(batch).to(device)  # SAR and EO images, one batch
         mean, logvar = vae.encode(image)
         noise, _ = sample_noise((2, *mean.shape[1:]), settings.seed, positions)
         z = mean + (0.5 * logvar).exp() * noise.transpose(0, 1).flatten(0, 1).to(mean)
@@ -84,12 +88,13 @@ def train_vae(vae: AutoencoderKL, train: PairDataset, test: list[tuple[Tensor, T
     @torch.inference_mode()
     def validate(_step: int) -> dict[str, float]:
         errors = [
-            (vae.decode(vae.encode(image.to(settings.device))[0]).clamp(-1, 1).cpu() - image).square().mean() / 4
+            (vae.decode(vae.encode(image.to(device))[0]).clamp(-1, 1).cpu() - image).square().mean() / 4
             for image in (torch.stack([eo for _, eo in test]), torch.stack([sar for sar, _ in test]))
         ]
         return {name: -10 * float(error.log10()) for name, error in zip(("psnr_eo", "psnr_sar"), errors)}
 
-    return fit(vae, loss, train, settings, validate, lambda: None)
+    with run_folder(settings):
+        return fit(vae, loss, train, settings, validate)
 
 
 def measure_scaling_factor(vae: AutoencoderKL, samples: list[tuple[Tensor, Tensor]], device: str) -> float:
@@ -104,7 +109,7 @@ def train_unet(model: CDiffSET, train: PairDataset, test: list[tuple[Tensor, Ten
 
     def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
         with torch.no_grad():
-            z = model.encode(batch[1].to(settings.device)).float()
+            z = model.encode(batch[1].to(context.device)).float()
         noise, t = (x.to(z.device) for x in sample_noise(z.shape[1:], settings.seed, positions))
         prediction = unet(scheduler.add_noise(z, noise, t), t, context)
         return F.mse_loss(prediction.float(), scheduler.target(z, noise, t))
@@ -115,23 +120,19 @@ def train_unet(model: CDiffSET, train: PairDataset, test: list[tuple[Tensor, Ten
         value = float(loss(model.unet, batch, list(range(len(test)))))
         return {"score": -value, "loss": value}
 
-    return fit(model.unet, loss, train, settings, validate, lambda: None)
+    with run_folder(settings):
+        return fit(model.unet, loss, train, settings, validate)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     # fmt: off
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="a dataset in any layout that train.py knows")
-    add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="the model folder to write (checkpoints go to DIR/.pretrain)",
-    )
-    add("--size", type=positive, default=128, help="side of the U-Net's training crops in pixels (default: %(default)s)")
+    add("--out", required=True, type=Path, metavar="DIR",
+        help="the model folder to write (checkpoints go to DIR/.pretrain)")
+    add("--size", type=positive, default=128, help="side of the U-Net's training crops (default: %(default)s pixels)")
     add("--vae-size", type=positive, default=64, help="side of the VAE's training crops (default: %(default)s)")
     add("--vae-steps", type=positive, default=4000, help="training steps of the VAE (default: %(default)s)")
     add("--unet-steps", type=positive, default=4000, help="training steps of the U-Net (default: %(default)s)")
@@ -158,6 +159,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Trains both networks and writes the folder; returns the exit code."""
     args = parse(arguments)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("pretrain.py runs as one process: start it with python, not torchrun")
     device = choose_device(args.device)
     found = find_pairs(args.data)
     print("\n".join(describe(found)))
@@ -172,18 +175,22 @@ def main(arguments: list[str] | None = None) -> int:
     model.to(device, memory_format=torch.channels_last)
 
     common = {
-        "batch_size": args.batch_size, "dtype": args.dtype, "seed": args.seed, "device": device, "keep": 1,
-        "workers": args.workers, "save_every": args.save_every, "validate_every": 250, "resume": args.resume,
+        "batch_size": args.batch_size, "dtype": args.dtype, "seed": args.seed, "keep": 1, "resume": args.resume,
+        "workers": args.workers, "save_every": args.save_every, "validate_every": 250,
     }  # fmt: skip
+    about = {"data": dataset_name(found, args.data), "networks": repr((vae.config, unet.config))}
     scratch = args.out / ".pretrain"
     crops = PairDataset(train_pairs, args.vae_size, args.seed)
-    code = train_vae(vae, crops, test, Settings(scratch / "vae", args.vae_steps, lr=args.vae_lr, **common))
-    if code:
+    vae_about = about | {"size": args.vae_size}
+    settings = Settings(scratch / "vae", args.vae_steps, lr=args.vae_lr, about=vae_about, **common)
+    if code := train_vae(vae, crops, test, settings):
         return code
     vae.eval().requires_grad_(False)
     vae.scaling_factor = vae.config["scaling_factor"] = round(measure_scaling_factor(vae, test, device), 5)
     crops = PairDataset(train_pairs, args.size, args.seed)
-    code = train_unet(model, crops, test, Settings(scratch / "unet", args.unet_steps, lr=args.unet_lr, **common))
+    unet_about = about | {"size": args.size, "predicts": args.prediction_type, "scaling_factor": vae.scaling_factor}
+    settings = Settings(scratch / "unet", args.unet_steps, lr=args.unet_lr, about=unet_about, **common)
+    code = train_unet(model, crops, test, settings)
     if not code:
         model.save_pretrained(args.out)
         print(f"wrote {args.out} (scaling factor {vae.scaling_factor}); next: python train.py --model {args.out}")

@@ -17,21 +17,25 @@ Ctrl-C or SIGTERM finishes the step, saves, and stops; the same command with --r
 """
 
 import argparse
-import time
+import csv
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from cache import CachedLatents, build_cache
+from cache import CachedLatents, build_cache, vae_digest
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
-from cli import choose_device, positive, run
-from data import PairDataset, describe, find_pairs, split_pairs
+from checkpoint import Settings, run_folder
+from cli import Parser, positive, run
+from data import PairDataset, Pairs, describe, find_pairs, seed_of, split_pairs
 from images import confidence_picture, grid, save_image, to_uint8
-from loop import DTYPES, Settings, fit, sample_noise, start_processes, wait_for_all
+from loop import fit, precision, sample_noise
 from metrics import psnr, ssim
+from processes import end_processes, rank, start_processes, wait_for_all
 from weights import write_json
 
 SD_FOLDER = "models/stable-diffusion-2-1-base"
@@ -101,7 +105,7 @@ def load_model(args: argparse.Namespace) -> CDiffSET:
     """The model to start from, with the channels that the loss needs. Raises ValueError if it does not fit."""
     if args.model == SD_FOLDER and not Path(SD_FOLDER).exists():
         raise ValueError(
-            f"{SD_FOLDER} is not there: download Stable Diffusion 2.1 with\n  {DOWNLOAD}\n"
+            f"{SD_FOLDER} is not there: download Stable Diffusion 2.1 with `{DOWNLOAD}` "
             "(pip install huggingface_hub), or start from the small model with --model models/tiny"
         )
     model = CDiffSET.from_pretrained(
@@ -120,7 +124,7 @@ def load_model(args: argparse.Namespace) -> CDiffSET:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     # fmt: off
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("--data", required=True, metavar="DIR", help="folder of a dataset")
     add("--out", type=Path, metavar="DIR", help="folder of this run (default: runs/ and the name of the data folder)")
@@ -128,19 +132,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Stable Diffusion or a C-DiffSET model, folder or single file (default: %(default)s)")
     add("--unet", metavar="FILE", help="safetensors file whose U-Net replaces that of --model")
     add("--prediction-type", choices=("epsilon", "v_prediction", "sample"),
-        help="what the U-Net of a single file predicts, which does not tell (default: epsilon)")
-    add("--resume", action="store_true", help="go on with an interrupted run")
+        help="what the U-Net predicts, which a single file does not tell (default: as the model says, or epsilon)")
+    add("--resume", action="store_true", help="go on with an interrupted run, if there is one in --out")
 
     add = parser.add_argument_group("how").add_argument
     add("--loss", choices=("cdiff", "mse"), default="cdiff",
         help="cdiff: confidence-guided; mse: plain L2, the paper's stage 1 (default: %(default)s)")
     add("--steps", type=positive, default=50_000, help="optimizer steps (default: %(default)s, as in the paper)")
-    add(
-        "--batch-size",
-        type=positive,
-        default=64,
-        help="pairs a step, over all GPUs (default: %(default)s, as in the paper)",
-    )
+    add("--batch-size", type=positive, default=64, metavar="N",
+        help="pairs a step, over all GPUs (default: %(default)s, as in the paper)")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="compute each batch in N parts, for less memory (default: %(default)s)")
     add("--size", type=positive, default=256, help="side of the crops in pixels (default: %(default)s)")
@@ -160,110 +160,121 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
 
     add = parser.add_argument_group("what is kept").add_argument
-    add(
-        "--save-every",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="steps between checkpoints (default: %(default)s)",
-    )
+    add("--save-every", type=positive, default=1000, metavar="N",
+        help="steps between checkpoints (default: %(default)s)")
     add("--keep", type=positive, default=2, metavar="N", help="checkpoints to keep (default: %(default)s)")
-    add(
-        "--validate-every",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="steps between validations (default: %(default)s)",
-    )
-    add(
-        "--validate-images",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="held-out pairs it looks at (default: %(default)s)",
-    )
-    add(
-        "--validate-steps",
-        type=positive,
-        default=10,
-        metavar="N",
-        help="its sampling steps, trailing (default: %(default)s)",
-    )
+    add("--validate-every", type=positive, default=1000, metavar="N",
+        help="steps between validations (default: %(default)s)")
+    add("--validate-images", type=positive, default=32, metavar="N",
+        help="held-out pairs it looks at (default: %(default)s)")
+    add("--validate-steps", type=positive, default=10, metavar="N",
+        help="its sampling steps, trailing (default: %(default)s)")
     # fmt: on
     return parser.parse_args(arguments)
 
 
+def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[str, str | int]:
+    """What else must not change within a run, but names of folders: they may be moved.
+
+    Of the model only what is frozen counts, since the U-Net's weights come from the checkpoint.
+    """
+    frozen = [vae_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
+    chosen = {key: getattr(args, key) for key in ("loss", "size", "validate_images", "validate_steps")}
+    return chosen | {
+        "data": dataset_name(found, args.data),
+        "model": f"{seed_of(frozen):016x}",
+    }
+
+
+def dataset_name(found: Pairs, root: str | Path) -> str:
+    """What tells a dataset from others, wherever it lies: its layout, and the number and names of its pairs."""
+    names = seed_of(*(pair.sar.relative_to(root) for pair in found.pairs))
+    return f"{found.layout} of {len(found.pairs)} pairs ({names:016x})"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Trains; returns the exit code: 0 done, 130 or 143 stopped by a signal."""
-    began = time.time()
     args = parse(arguments)
-    device, rank, world = start_processes(choose_device(args.device))
-    cuda = device.startswith("cuda")
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    device = start_processes(args.device)
+    args.dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     args.out = args.out or Path("runs") / Path(args.data).resolve().name
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
 
     found = find_pairs(args.data)
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
     train = PairDataset(train_pairs, args.size, args.seed)
     chosen = test_pairs[:: max(1, len(test_pairs) // args.validate_images)][: args.validate_images]
     held_out = PairDataset(chosen, args.size, train=False)
-    model = load_model(args).to(device)
-    if rank == 0:
+    if rank() == 0:
         print("\n".join(describe(found)))
         print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} held out (listed in {args.out / 'split.json'})")
-        names = {"train": train_pairs, "test": test_pairs}
-        split = {side: sorted({pair.scene for pair in pairs}) for side, pairs in names.items()}
-        write_json(args.out / "split.json", {"data": str(args.data), "seed": args.seed, "scenes": split})
-
-    model.vae.requires_grad_(False)
-    model.unet.gradient_checkpointing = args.checkpointing
-    if cuda:
-        model.to(memory_format=torch.channels_last)
-    samples = train
-    if args.cache:
-        if rank == 0:
-            build_cache(model, train, args.cache)
-        wait_for_all()
-        samples = CachedLatents(args.cache / "latents.npy", train)
-    settings = Settings(
-        out=args.out, steps=args.steps, batch_size=args.batch_size, lr=args.lr, clip=args.clip, ema=args.ema,
-        accumulate=args.accumulate, dtype=args.dtype, seed=args.seed, device=device, workers=args.workers,
-        save_every=args.save_every, validate_every=args.validate_every, keep=args.keep, resume=args.resume,
-    )  # fmt: skip
+    model = load_model(args)
+    settings = replace(settings, about=identity(args, found, model))
 
     def check(step: int) -> dict[str, float]:
-        picture = args.out / "samples" / f"{step:08d}.png"
-        with torch.autocast(device.split(":")[0], DTYPES[args.dtype], enabled=args.dtype != "float32"):
-            return validate(model, held_out, args.validate_steps, picture)
+        with precision(device, args.dtype):
+            return validate(model, held_out, args.validate_steps, args.out / "samples" / f"{step:08d}.png")
 
-    code = fit(
-        model.unet,
-        objective(model, args.loss, args.seed, cached=bool(args.cache)),
-        samples,
-        settings,
-        check,
-        keep_best=lambda: model.save_pretrained(args.out / "model"),
-        name=lambda position: train.pair(position).sar.name,
-    )
-    if rank == 0:
-        print(summary(args, code, time.time() - began))
+    with run_folder(settings):
+        samples = prepare(args, model.to(device), train)
+        if rank() == 0:
+            sides = {"train": train_pairs, "test": test_pairs}
+            scenes = {side: sorted({pair.scene for pair in pairs}) for side, pairs in sides.items()}
+            write_json(args.out / "split.json", {"data": str(args.data), "seed": args.seed, "scenes": scenes})
+        code = fit(
+            model.unet,
+            objective(model, args.loss, args.seed, cached=bool(args.cache)),
+            samples,
+            settings,
+            check,
+            keep_best=lambda: model.save_pretrained(args.out / "model"),
+            name=lambda position: train.pair(position).sar.name,
+        )
+        if rank() == 0:
+            print(summary(args, code))
+    end_processes()
     return code
 
 
-def summary(args: argparse.Namespace, code: int, seconds: float) -> str:
-    """What to say at the end; also written to summary.json with the settings."""
-    rows = (args.out / "validation.csv").read_text().splitlines() if (args.out / "validation.csv").exists() else []
-    table = [dict(zip(rows[0].split(","), row.split(","))) for row in rows[1:]]
-    best = max(table, key=lambda row: float(row["psnr"]), default={})
+def prepare(args: argparse.Namespace, model: CDiffSET, train: PairDataset) -> Dataset:
+    """Sets the model up for training on its device; -> the samples, images or (with --cache) latents."""
+    model.vae.requires_grad_(False)
+    model.unet.gradient_checkpointing = args.checkpointing
+    if model.prompt_embedding.is_cuda:
+        model.to(memory_format=torch.channels_last)
+    if not args.cache:
+        return train
+    if rank() == 0:
+        build_cache(model, train, args.cache)
+    wait_for_all()
+    return CachedLatents(args.cache, train)
+
+
+def summary(args: argparse.Namespace, code: int) -> str:
+    """What to say at the end. It is also written to summary.json, with the settings."""
+    log, scores = read_table(args.out / "log.csv"), read_table(args.out / "validation.csv")
+    seconds = sum(args.batch_size / row["images_per_second"] for row in log)  # over all sessions of the run
+    best = max(scores, key=lambda row: row["psnr"], default={})
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    write_json(args.out / "summary.json", {"settings": settings, "seconds": round(seconds), "best": best})
-    lines = [f"{'stopped' if code else 'done'} after {seconds / 60:.1f} min; everything is in {args.out}/"]
+    about = {"settings": settings, "torch": torch.__version__, "training_seconds": round(seconds)}
+    write_json(args.out / "summary.json", about | {"steps": len(log), "best": best})
+    state = "stopped" if code else "done"
+    lines = [f"{state}: {len(log)} of {args.steps} steps in {seconds / 60:.1f} min; everything is in {args.out}/"]
     if best:
-        lines.append(f"best at step {best['step']}: PSNR {best['psnr']} dB, SSIM {best['ssim']} on held-out pairs")
+        score = f"PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f} on {args.validate_images} held-out pairs"
+        lines.append(f"best at step {best['step']:.0f}: {score}")
         lines.append(f"translate with: python sample.py SAR.png --model {args.out / 'model'}")
     if code:
         lines.append("go on with the same command and --resume")
     return "\n".join(lines)
+
+
+def read_table(path: Path) -> list[dict[str, float]]:
+    """The rows of a log; none if it is not there yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,272 @@
+"""A training on disk: its settings, its folder, its checkpoints, its logs.
+
+run_folder: one run at a time, the one it was  ->  State: load, update, save  ->  Log: a row a step
+"""
+
+import csv
+import fcntl
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from files import atomic
+from processes import processes, rank
+from stored import check_names, open_tensors, save_tensors
+
+# What may differ when a run is resumed, as the number of processes may. The other settings make it the run it is.
+CHANGEABLE = {"out", "accumulate", "workers", "save_every", "validate_every", "keep", "resume", "about"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Raises ValueError on values that cannot be."""
+
+    out: Path
+    steps: int
+    batch_size: int  # over all processes and accumulation steps
+    lr: float = 3e-5
+    weight_decay: float = 0.01
+    warmup: int = 100  # steps
+    clip: float = 1.0  # largest norm of the gradient
+    accumulate: int = 1  # parts in which each process computes its share of a batch
+    ema: float = 0.0  # decay of the moving average of the weights; 0: none
+    dtype: str = "float32"  # or "bfloat16", of the arithmetic (autocast); weights and optimizer stay float32
+    seed: int = 0
+    workers: int = 0  # processes that read; 0: this one
+    save_every: int = 1000
+    validate_every: int = 1000
+    keep: int = 2  # checkpoints
+    resume: bool = False
+    about: dict[str, str | int] = field(default_factory=dict)  # what else makes the run: dataset, model, loss ...
+
+    def __post_init__(self):
+        for name, value, good, wanted in (
+            ("lr", self.lr, 0 < self.lr < math.inf, "a number above 0"),
+            ("clip", self.clip, self.clip > 0, "a number above 0"),
+            ("ema", self.ema, 0 <= self.ema < 1, "0 for none, or a number below 1 such as 0.9999"),
+            ("workers", self.workers, self.workers >= 0, "0 or more"),
+        ):
+            if not good:
+                raise ValueError(f"--{name} {value}: must be {wanted}")
+        if self.batch_size % (processes() * self.accumulate):
+            parts = f"{processes()} process(es) x {self.accumulate} accumulation step(s)"
+            raise ValueError(f"--batch-size {self.batch_size}: cannot be shared evenly by {parts}")
+
+    def identity(self) -> dict:
+        """What must not change within a run."""
+        return {key: value for key, value in asdict(self).items() if key not in CHANGEABLE} | self.about
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process, making it if need be. Raises ValueError if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            # A POSIX lock dies with its process; one by flock would live on in the reading processes.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another run is writing there; wait for it, or name another folder") from None
+        except OSError:  # a file system without locks, as on some clusters
+            pass
+        yield
+
+
+# temporary names of safetensors and of files.atomic
+UNFINISHED = re.compile(r"\.(tmp\w{6}|.+\.\d+\.\w+)")
+
+
+@contextmanager
+def run_folder(settings: Settings) -> Iterator[None]:
+    """Holds settings.out for a run, and says in one line what befalls it (ValueError).
+
+    Also raises ValueError if another process has the folder, if it holds a run that is not to be resumed, or one
+    that was made with other settings.
+    """
+    first = rank() == 0
+    with explained(settings), exclusive(settings.out) if first else nullcontext():
+        if first:
+            check_run(settings)
+            for pattern in (".*", "*/.*", "*/*/.*"):  # what a killed run left half-written
+                for path in settings.out.glob(pattern):
+                    if UNFINISHED.fullmatch(path.name):
+                        path.unlink()
+        yield
+
+
+def check_run(settings: Settings) -> None:
+    """Raises ValueError if the folder holds a run that is not to be resumed, or one made with other settings."""
+    out, kept = settings.out, checkpoints(settings.out)
+    if not kept:
+        if settings.resume:
+            print(f"{out} holds no checkpoint: starting from the beginning")
+        return
+    if not settings.resume:
+        raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
+    was, wanted = read_header(kept[-1])["settings"], settings.identity()
+    changed = [f"{key} {was.get(key)} is now {value}" for key, value in wanted.items() if was.get(key) != value]
+    if changed:
+        raise ValueError(f"{out} was made with other settings ({', '.join(changed)}): resume with the same")
+
+
+@contextmanager
+def explained(settings: Settings) -> Iterator[None]:
+    """Turns what can befall a training into a ValueError of one line that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = next(iter(str(error).splitlines()), "")
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in what:
+            advice = f"--accumulate {2 * settings.accumulate}, --checkpointing or a smaller --batch-size"
+            raise ValueError(f"out of memory: try {advice} ({what})") from error
+        if "DataLoader worker" in what:
+            advice = "go on with --resume; if it recurs, memory may be short: use fewer --workers"
+            raise ValueError(f"a process that reads images died ({what}): {advice}") from error
+        raise
+    except ValueError as error:  # of a reading process: the message comes after its traceback, as text
+        if str(error).startswith("Caught "):
+            raise ValueError(re.split(r"\n[\w.]*Error: ", str(error))[-1]) from error
+        raise
+    except (OSError, SafetensorError) as error:
+        kept = last_checkpoint(settings.out)
+        raise ValueError(f"{settings.out}: {error}; {kept}; mend that and go on with --resume") from error
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((out / "checkpoint").glob("[0-9]*.safetensors"))
+
+
+def last_checkpoint(out: Path) -> str:
+    """The newest checkpoint, for messages."""
+    return f"the last checkpoint is {next(reversed(checkpoints(out)), 'none')}"
+
+
+def read_header(path: Path) -> dict:
+    """The step, best score and settings of a checkpoint. Raises ValueError if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["training"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        what = f"not a readable checkpoint ({error})"
+        raise ValueError(f"{path}: {what}; delete it to resume from the one before") from error
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The state
+
+
+class State:
+    """All that a checkpoint holds: weights, optimizer, moving average, the steps done and the best score.
+
+    A checkpoint is one safetensors file, so that it is there whole or not at all.
+    """
+
+    def __init__(self, network: nn.Module, settings: Settings):
+        self.network, self.settings = network, settings
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        weights = list(self.parameters.values())
+        self.optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=settings.weight_decay, fused=True)
+        for p in weights:  # as AdamW does at its first step; so a checkpoint is restored by copying, nothing else
+            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
+        self.step, self.best = 0, -math.inf
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name in the checkpoint; the tensors themselves, not copies."""
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in self.optimizer.state[p].items()}
+        return tensors
+
+    def save(self) -> None:
+        """Writes checkpoint/STEP.safetensors, then drops the oldest ones."""
+        header = {"step": self.step, "best": self.best, "settings": self.settings.identity()}
+        path = self.settings.out / "checkpoint" / f"{self.step:08d}.safetensors"
+        save_tensors(path, self.tensors(), {"training": json.dumps(header)})
+        for old in checkpoints(self.settings.out)[: -self.settings.keep]:
+            old.unlink()
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote, one tensor at a time. Raises ValueError if it does not fit."""
+        header, stored, tensors = read_header(path), open_tensors(path), self.tensors()
+        check_names(path, expected=set(tensors), found=set(stored))
+        for name, tensor in tensors.items():
+            if stored[name].shape != tensor.shape:
+                raise ValueError(f"{path}: {name} is {stored[name].shape}, not {tuple(tensor.shape)}")
+            tensor.copy_(stored[name].load(tensor.dtype))
+        self.step, self.best = header["step"], header["best"]
+
+    def update(self, rate: float) -> None:
+        """One step of the optimizer, with the gradients that are there; the average follows."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, average in self.average.items():
+                average.lerp_(self.parameters[name], 1 - self.settings.ema)
+        self.step += 1
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the network is in evaluation mode, with the averaged weights if there are any."""
+
+        def exchange() -> None:
+            for name in self.average:
+                p = self.parameters[name]
+                p.data, self.average[name] = self.average[name], p.data
+
+        exchange()
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train()
+            exchange()
+
+
+class Log:
+    """A table that grows by rows: a CSV file, and TensorBoard where that is installed.
+
+    The first column is the step. When a run is resumed, the rows after its step are forgotten.
+    """
+
+    def __init__(self, path: Path, done: int):
+        self.path, self.board = path, None
+        if path.exists():
+            with path.open(newline="") as file:
+                header, *rows = list(csv.reader(file)) or [[]]
+            with atomic(path) as temporary, temporary.open("w", newline="") as file:
+                whole = (row for row in rows if len(row) == len(header) and int(row[0]) <= done)
+                csv.writer(file).writerows([header, *whole] if done else [])
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=done + 1)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Appends a row; the first one also writes the header."""
+        with self.path.open("a", newline="") as file:
+            if not file.tell():
+                csv.writer(file).writerow(row)
+            csv.writer(file).writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
+        if self.board:
+            (_, step), *values = row.items()
+            for name, value in values:
+                self.board.add_scalar(name, value, step)
+            self.board.flush()

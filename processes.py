@@ -1,0 +1,102 @@
+"""The processes of a training: those that torchrun starts, those that read images, and the signals all may get."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cli import choose_device
+
+
+def start_processes(device: str | None) -> str:
+    """Joins the processes that torchrun started, if it did; -> this process's device, the one asked for if alone.
+
+    Raises ValueError if the device cannot be used.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return choose_device(device)
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {device}: torchrun gives each process a GPU of its own; say cuda, or nothing")
+    if device == "cuda" or device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = choose_device(device)
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    # the others wait while the first one validates or fills the cache, which may take hours
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=1))
+    return device
+
+
+def rank() -> int:
+    """The number of this process; 0 is the one that writes files and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def end_processes() -> None:
+    """Takes leave of the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_same(step: int, device: torch.device) -> None:
+    """Raises ValueError unless all processes are to go on from the same step."""
+    if dist.is_initialized():
+        extremes = torch.tensor([step, -step], device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        last, first = extremes.tolist()
+        if last != -first:
+            what = f"the machines found different checkpoints, of steps {-first} and {last}"
+            raise ValueError(f"{what}: --out must be on a disk that they share")
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """The list that is given gets the first SIGINT or SIGTERM. Another one more than a second later acts as usual.
+
+    Not sooner: what ends a job often signals the whole group, and torchrun passes on what it got itself.
+    """
+    caught: list[int] = []
+    since = 0.0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def catch(number, _frame) -> None:
+        nonlocal since
+        if not caught:
+            caught.append(number)
+            since = time.monotonic()
+        elif time.monotonic() > since + 1:
+            restore()
+            signal.raise_signal(number)
+
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def start_worker(_number: int) -> None:
+    """What a reading process does first: it lives until the step is finished, whoever is signalled."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,415 @@
+"""Translates SAR images to optical ones (EO), with a map of the model's confidence.
+
+    python sample.py sar.png                           a file -> sar_eo.png and sar_confidence.png beside it
+    python sample.py patches/ --out results/           a folder and all below it; its tree is kept
+    python sample.py sentinel1.tif --samples 8         a GeoTIFF -> GeoTIFFs, and how much 8 translations differ
+    python sample.py sar.png --model runs/mine/model   with your own model
+
+In: PNG, JPEG, TIFF and GeoTIFF of any size from 8 pixels; 8 or 16 bit, or float in dB or linear; one to four
+polarisations. Out, for NAME:
+
+    NAME_eo          the EO image, 8-bit RGB
+    NAME_confidence  1 / variance of the prediction at the middle step. PNG: from this image's lowest, black, to its
+                     highest, white, as in the paper; GeoTIFF: the number itself, float32
+    NAME_spread      with --samples: standard deviation of the samples, in levels of 0..255, mean of the colours
+
+They are PNGs; for a GeoTIFF they are GeoTIFFs of the same place and projection. Where the input has no data, PNGs
+are transparent and GeoTIFFs masked. They hold how they were made (model, steps, seed ...).
+
+Images larger than --tile are translated in overlapping tiles that are denoised together, without seams and in
+little memory. All files start from the noise of the same seed: results do not depend on what else is translated,
+nor, but for rounding, on --batch-size. Files that cannot be used are named, and the others are done. Inputs are
+never overwritten; in folders, files named like results are left alone. A stopped run leaves whole results only.
+
+On several GPUs: torchrun --nproc_per_node=4 sample.py patches/ --out results/
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cdiffset import CDiffSET, __version__, pad_to_multiple
+from cli import choose_device, one_line, positive, run
+from data import _walk
+from images import grid, sar_image, save_image, to_uint8
+from scene import Source, check_tile, count_tiles, translate_scene, write_geotiffs, write_pictures
+
+TINY = Path(__file__).resolve().parent / "models" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+KINDS = ("eo", "confidence", "spread")  # results are called NAME_eo.png, ...
+EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # may go wrong with a file; others are bugs
+SHEET_ROWS, SHEET_SIDE = 8, 256
+
+# Parts of an image at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
+Parts = Iterable[tuple[int, int, Tensor, Tensor | None]]
+
+# ----------------------------------------------------------------------------------------------------------
+# Which files
+
+
+def find_images(argument: Path) -> dict[Path, Path]:
+    """{image: its place below --out}: the argument, or all images below a folder but hidden ones and results."""
+    if not argument.is_dir():
+        return {argument: Path(argument.name)}
+    names = [Path(name) for name in sorted(_walk(argument)) if name.lower().endswith(SUFFIXES)]
+    return {argument / name: name for name in names if not name.stem.endswith(tuple(f"_{kind}" for kind in KINDS))}
+
+
+def suffix_of_results(path: Path) -> str:
+    """.tif for a GeoTIFF, .png for others, nothing for what cannot be read."""
+    try:
+        return ".tif" if Source(path).placed else ".png"
+    except EXPECTED:
+        return ""  # translating it will say why
+
+
+def plan(arguments: list[Path], out: Path | None) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """(image, path of its results without ending) for all images, and the errors about others."""
+    found, errors = {}, []
+    for argument in arguments:
+        try:
+            images = find_images(argument)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if not images:
+            errors.append(f"{str(argument)!r}: no PNG, JPEG or TIFF images in it")
+        found |= {path: place for path, place in images.items() if path not in found}
+    stems = {path: (out / place if out else path).with_suffix("") for path, place in found.items()}
+    sharing = Counter(map(os.path.realpath, stems.values()))
+    inputs, taken, jobs = {os.path.realpath(path) for path in found}, {}, []
+    for path, stem in stems.items():
+        real, suffixes = os.path.realpath(stem), [".png"]
+        if path.suffix.lower().startswith(".tif"):  # looked at only if it matters: there may be thousands
+            suffixes = [".png", ".tif"] if sharing[real] == 1 else [suffix_of_results(path)]
+        results = [f"{real}_{kind}{suffix}" for kind, suffix in product(KINDS, suffixes)]
+        if rival := next((taken[result] for result in results if result in taken), None):
+            if os.path.realpath(rival) != os.path.realpath(path):
+                errors.append(f"{str(path)!r}: its results would overwrite those of {str(rival)!r}")
+        elif victim := inputs.intersection(results):
+            errors.append(f"{str(path)!r}: its result would overwrite the input {min(victim)!r}: give an --out")
+        else:
+            taken |= dict.fromkeys(results, path)
+            jobs.append((path, stem))
+    return jobs, errors
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_ahead(read: Callable, items: Iterable, depth: int) -> Iterator[Future]:
+    """read(item) of all items, in order; a thread works on the next `depth` meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Translating
+
+
+def load_model(path: Path, unet: str | None, dtype: str, device: str) -> CDiffSET:
+    """The model to translate with. ValueError: it does not load, or is a base model."""
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} is not there: give a C-DiffSET model, as train.py writes, with --model")
+    model = CDiffSET.from_pretrained(path, unet, dtype=DTYPES[dtype])
+    if model.from_base:
+        command = f"python train.py --model {path} --data DATA"
+        raise ValueError(f"{str(path)!r} is a base model, which translates nothing yet: fine-tune it first: {command}")
+    return model.to(device, memory_format=torch.channels_last if device.startswith("cuda") else torch.preserve_format)
+
+
+def translate_images(model: CDiffSET, sources: list[Source], args: argparse.Namespace, bar: tqdm) -> list[Parts]:
+    """Translates images of one padded size, no larger than a tile, in batches; each gives one part."""
+
+    def progress(timesteps: list[int]) -> Iterator[int]:
+        for t in timesteps:
+            yield t
+            bar.update(len(batch))
+
+    images = [pad_to_multiple(source.read(0, source.height, 0, source.width)[None], model.unit) for source in sources]
+    jobs, made = list(product(images, seeds(args))), []
+    for start in range(0, len(jobs), args.batch_size):
+        batch = jobs[start : start + args.batch_size]
+        sar, seed = torch.cat([image for image, _ in batch]), [seed for _, seed in batch]
+        eo, confidence = model.translate(sar, args.steps, seed, args.spacing, progress)
+        made += zip(eo.cpu(), [None] * len(batch) if confidence is None else confidence.cpu())
+    parts = []
+    for i, source in enumerate(sources):
+        eo, confidence = zip(*made[i * args.samples : (i + 1) * args.samples])
+        seen = None if confidence[0] is None else torch.stack(confidence)[:, :, : source.height, : source.width]
+        parts.append([(0, 0, torch.stack(eo)[:, :, : source.height, : source.width], seen)])
+    return parts
+
+
+def translate_large(model: CDiffSET, source: Source, folder: Path, args: argparse.Namespace, bar: tqdm) -> Parts:
+    """Translates an image larger than a tile, part by part, as they are taken. folder: for temporary files, with the
+    results: /tmp is often kept in memory.
+    """
+    size = source.height, source.width
+    bar.total += count_tiles(model, *size, args.tile, args.steps, args.samples) - args.steps * args.samples
+    return translate_scene(
+        model, source.read, *size, args.tile, args.steps, seeds(args), args.spacing, args.batch_size, folder, bar.update
+    )
+
+
+def seeds(args: argparse.Namespace) -> range:
+    """The seeds of the samples of a file."""
+    return range(args.seed, args.seed + args.samples)
+
+
+def reduce(eo: Tensor, confidence: Tensor | None, how: str) -> dict[str, np.ndarray]:
+    """N samples -> their mean or median: eo (H, W, 3) uint8, confidence (H, W) float32; if N > 1, spread (H, W)
+    float32: the standard deviation in levels of 0..255, mean of the colours. ValueError: not a number.
+    """
+    if eo.isnan().any():
+        raise ValueError("the model's numbers are not finite: the weights are damaged, or try --dtype float32")
+
+    def middle(x: Tensor) -> Tensor:
+        if how == "mean" or len(x) < 3:
+            return x.mean(dim=0)
+        return x.sort(dim=0).values[[(len(x) - 1) // 2, len(x) // 2]].mean(dim=0)
+
+    parts = {"eo": to_uint8(middle(eo))}
+    if confidence is not None:
+        parts["confidence"] = middle(confidence)[0].cpu().numpy()
+    if len(eo) > 1:
+        parts["spread"] = (127.5 * eo.std(dim=0).mean(dim=0)).cpu().numpy()
+    return parts
+
+
+def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]) -> None:
+    """SAR | EO | confidence | spread, reduced to one size. rows: the files, by kind."""
+
+    def small(path: Path) -> np.ndarray:
+        cell = np.full((SHEET_SIDE, SHEET_SIDE, 3), 255, np.uint8)
+        try:
+            source = Source(path)
+            picture = to_uint8(sar_image(source.overview(SHEET_SIDE), source.limits))
+            source.close()
+        except EXPECTED:  # a confidence that is no-data everywhere, say
+            return cell
+        top, left = ((SHEET_SIDE - n) // 2 for n in picture.shape[:2])
+        cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        return cell
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    titles = {"sar": "SAR", "eo": "EO"}
+    pictures = [[small(file) for file in row.values()] for row in rows]
+    save_image(path, grid(pictures, [titles.get(kind, kind) for kind in rows[0]]), about)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The program
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    # fmt: off
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what").add_argument
+    add("sar", type=Path, nargs="+", metavar="SAR", help="image file, or folder of images")
+    add("--out", type=Path, metavar="DIR", help="where the results go (default: beside each image)")
+    add("--model", type=Path, metavar="PATH",
+        help="a C-DiffSET model, folder or single file (default: models/tiny, a small demonstration model)")
+    add("--unet", metavar="FILE", help="safetensors file whose U-Net replaces that of --model")
+    add("--contact-sheet", type=Path, metavar="FILE.png",
+        help=f"picture of the first {SHEET_ROWS} images beside their results")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--steps", type=positive, default=50, help="denoising steps (default: %(default)s, as in the paper)")
+    add("--spacing", choices=("leading", "trailing"), default="leading",
+        help="of the timesteps; trailing is better for few steps (default: %(default)s, as in the paper)")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--samples", type=positive, default=1, metavar="N",
+        help="translate N times, with the seeds SEED .. SEED + N - 1, and write one result and the spread")
+    add("--reduce", choices=("mean", "median"), default="mean", help="of the samples (default: %(default)s)")
+    add("--scale", choices=("auto", "db", "linear"), default="auto",
+        help="what numbers that are not 8 or 16 bit mean (default: auto: dB if any is negative); dB are taken from "
+        "-25 (co-polarised) or -32.5 (cross-polarised) to 0, linear ones from the 1st to the 99th percentile")
+    add("--stretch", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="take the numbers from one percentile to another instead, e.g. 1 99")
+
+    add = parser.add_argument_group("where and how fast").add_argument
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=DTYPES, default="float32",
+        help="of the networks; bfloat16 is the fast one on GPUs (default: %(default)s)")
+    add("--batch-size", type=positive, metavar="N",
+        help="images or tiles that are computed at once (default: 8 on GPUs, else 1)")
+    add("--tile", type=positive, metavar="PIXELS",
+        help="larger images are translated in tiles of this size (default: 512, or what suits the model)")
+    # fmt: on
+    return parser.parse_args(arguments)
+
+
+def check_early(args: argparse.Namespace, jobs: list[tuple[Path, Path]]) -> None:
+    """ValueError on settings that cannot be, before anything is loaded."""
+    if not 0 <= args.seed <= 2**32 - args.samples:
+        raise ValueError(f"--seed {args.seed}: from 0 to 2^32 - 1, which is all that torch's generator distinguishes")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {str(args.out)!r} is a file: give a folder")
+    sheet, inputs = args.contact_sheet, {os.path.realpath(path) for path, _ in jobs}
+    if sheet and (sheet.suffix.lower() != ".png" or sheet.is_dir() or os.path.realpath(sheet) in inputs):
+        raise ValueError(f"--contact-sheet {str(sheet)!r}: give the name of a PNG file that is no input")
+
+
+def check(args: argparse.Namespace, model: CDiffSET) -> None:
+    """Fills in the settings that depend on the model; ValueError on those that cannot be."""
+    args.tile = args.tile or max(512 // model.unit, 2) * model.unit
+    args.batch_size = args.batch_size or (1 if model.prompt_embedding.device.type == "cpu" else 8)
+    check_tile(model, args.tile)
+    if args.steps > model.scheduler.num_train_timesteps:
+        raise ValueError(f"--steps {args.steps}: this model has {model.scheduler.num_train_timesteps} timesteps")
+
+
+def describe(args: argparse.Namespace) -> dict[str, str]:
+    """What to write into the results, so that they can be made again."""
+    names = ("unet", "steps", "spacing", "seed", "samples", "reduce", "scale", "stretch", "dtype", "tile")
+    about = {"Software": f"C-DiffSET {__version__}", "model": args.model or "models/tiny"}
+    about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {key: printable(str(value)) for key, value in about.items()}
+
+
+def printable(text: str) -> str:
+    """Without the bytes in names of files that are not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def save(
+    source: Source, stem: Path, parts: Parts, kinds: list[str], how: str, about: dict[str, str]
+) -> dict[str, Path]:
+    """Reduces the samples of one image and writes them as they come; returns the paths."""
+    suffix, write = (".tif", write_geotiffs) if source.placed else (".png", write_pictures)
+    paths = {kind: stem.with_name(f"{stem.name}_{kind}{suffix}") for kind in kinds}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    results = ((*place, reduce(eo, confidence, how)) for *place, eo, confidence in parts)
+    write(source, results, paths, about | {"input": printable(source.path.name)})
+    return paths
+
+
+def groups(sources: Iterable[Source], model: CDiffSET, tile: int, size: int) -> Iterator[list[Source]]:
+    """Runs of images of one padded size, up to `size` of them; those larger than a tile one by one."""
+    group, shape = [], None
+    for source in sources:
+        large = max(source.height, source.width) > tile
+        padded = None if large else [-(-n // model.unit) for n in (source.height, source.width)]
+        if group and (large or padded != shape or len(group) == size):
+            yield group
+            group = []
+        group.append(source)
+        shape = padded
+    if group:
+        yield group
+
+
+def translate_all(
+    model: CDiffSET,
+    jobs: list[tuple[Path, Path]],
+    kinds: list[str],
+    args: argparse.Namespace,
+    bar: tqdm,
+    fail: Callable[[Path, Exception], None],
+) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """Translates and saves images, in order; gives those that went well with their results, by kind."""
+    about, stems = describe(args), dict(jobs)
+
+    def opened() -> Iterator[Source]:
+        coming = read_ahead(lambda path: Source(path, args.scale, args.stretch), stems, args.batch_size)
+        for path, future in zip(stems, coming):
+            try:
+                source = future.result()
+            except EXPECTED as error:
+                bar.total -= args.steps * args.samples
+                fail(path, error)
+            else:
+                yield source
+
+    for group in groups(opened(), model, args.tile, max(1, args.batch_size // args.samples)):
+        bar.set_description(repr(group[0].path.name))
+        try:
+            if max(group[0].height, group[0].width) > args.tile:
+                made = [translate_large(model, group[0], stems[group[0].path].parent, args, bar)]
+            else:
+                made = translate_images(model, group, args, bar)
+        except EXPECTED as error:
+            for source in group:
+                fail(source.path, error)
+            continue
+        for source, parts in zip(group, made):
+            try:
+                paths = save(source, stems[source.path], parts, kinds, args.reduce, about)
+            except EXPECTED as error:
+                fail(source.path, error)
+            else:
+                yield source.path, paths
+            finally:
+                source.close()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Translates; returns the exit code: 0 all done, 2 some files failed."""
+    args = parse(arguments)
+    os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; GDAL would take a twentieth of the machine's memory
+    rank, world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
+    jobs, errors = plan(args.sar, args.out)
+    check_early(args, jobs)
+    device = choose_device(args.device)
+    if world > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    model = load_model(args.model or TINY, args.unet, args.dtype, device)
+    check(args, model)
+    has_confidence = model.unet.config["out_channels"] > model.vae.config["latent_channels"]
+    kinds = ["eo"] + ["confidence"] * has_confidence + ["spread"] * (args.samples > 1)
+    if rank == 0:
+        if not args.model:
+            print("using models/tiny, a demonstration model trained on synthetic scenes: not for real work")
+        if not has_confidence:
+            print("this model has no variance channel (stage 1 of the training): no confidence is written")
+        for error in errors:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+
+    def fail(path: Path, error: Exception) -> None:
+        name, text = repr(str(path)), one_line(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            text = "out of memory: try a smaller --batch-size or --tile"
+        errors.append(text if name in text else f"{name}: {text}")
+        bar.write(f"error: {errors[-1]}", file=sys.stderr)
+
+    jobs, done, errors = jobs[rank::world], {}, errors if rank == 0 else []
+    total = len(jobs) * args.samples * args.steps
+    with tqdm(total=total, unit="step", disable=None if rank == 0 else True) as bar:
+        for path, paths in translate_all(model, jobs, kinds, args, bar, fail):
+            done[path] = {"sar": path} | paths
+    if args.contact_sheet and done and rank == 0:
+        contact_sheet(args.contact_sheet, list(done.values())[:SHEET_ROWS], describe(args))
+    if len(done) == 1:
+        print(f"wrote {', '.join(repr(str(paths[kind])) for paths in done.values() for kind in kinds)}")
+    elif done:
+        print(f"translated {len(done)} images; results {f'in {str(args.out)!r}' if args.out else 'beside them'}")
+    if errors:
+        print(f"{len(errors)} of {len(done) + len(errors)} failed, see above", file=sys.stderr)
+    return 2 if errors else 0
+
+
+if __name__ == "__main__":
+    run(main)

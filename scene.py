@@ -1,0 +1,425 @@
+"""Scenes of any size: read and written by windows, translated in overlapping tiles that are denoised together.
+
+    Source.read -> encode -> z_sar --+
+                                     +-> for each step, all tiles: predict, blend, step -> z_0 -> decode -> write
+    noise of the whole scene -> z_t -+
+
+If every tile were translated on its own, neighbours would invent different fields and roofs, and no blending of
+pixels could hide it. So here all tiles take each step together, and where they overlap their predictions are
+averaged with smooth weights before the step (Bar-Tal et al., "MultiDiffusion", ICML 2023): there is one latent image
+throughout, and neighbours agree. Encoding and decoding are blended alike, as the VAE's norms look at a whole tile.
+
+Latents lie in temporary files without names (`Rows`), and all stages go through the scene tile by tile (`blend`).
+So memory depends on the tile, little on the scene's width (what a row of tiles shares with the next is kept) and not
+on its height.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdiffset import CDiffSET, denoise, pad_to_multiple, variance
+from files import atomic
+from images import (
+    MIN_SIDE,
+    ImageError,
+    Raster,
+    confidence_picture,
+    is_geotiff,
+    open_geotiff,
+    read_raster,
+    read_window,
+    sar_image,
+    sar_range,
+    save_image,
+)
+from scheduler import DDIMScheduler
+
+OVERVIEW = 1024  # longest side of the reduced copy from which a scene's range of values is taken
+NOISE_CHUNK = 2**20  # numbers drawn at a time
+MARGIN = 4  # latent rows that bicubic resizing must see beyond a window: its kernel reaches 2
+
+
+@torch.inference_mode()
+def translate_scene(
+    model: CDiffSET,
+    read: Callable[[int, int, int, int], Tensor],
+    height: int,
+    width: int,
+    tile: int = 512,
+    steps: int = 50,
+    seeds: Sequence[int] = (0,),
+    spacing: str = "leading",
+    batch: int = 1,
+    folder: Path | None = None,
+    progress: Callable[[int], object] = lambda tiles: None,
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """Translates a scene of height x width pixels, N = len(seeds) times, and gives it out in rectangular parts.
+
+    read(top, bottom, left, right) -> a part of the SAR image (3, bottom - top, right - left) in [-1, 1].
+    Yields (top, left, EO (N, 3, rows, columns) in [-1, 1], confidence (N, 1, rows, columns)), as `CDiffSET.translate`
+    gives them; each pixel once, from top to bottom. Sample i starts from the noise of seeds[i], drawn as in
+    `translate`; a scene of one tile is the very same computation.
+    batch: tiles (times samples) that the networks take at once. folder: for temporary files (default: the
+    system's), of 4 * (4 + 5 N) bytes a latent pixel. progress: called with the number of tiles just done,
+    `count_tiles` of them in all. ValueError: a tile that is no multiple of the model's unit, or less than two.
+    """
+    check_tile(model, tile)
+    scheduler = DDIMScheduler(**model.scheduler.config | {"steps": steps, "spacing": spacing})
+    context = model.prompt_embedding  # where the networks are, and of their precision
+    factor, channels, samples = model.vae.factor, model.vae.config["latent_channels"], len(seeds)
+    h, w = latent_size(model, height, width)
+    side = tile // factor
+    th, tw = min(side, h), min(side, w)
+
+    def pixels(top: int, left: int) -> Tensor:
+        bottom, right = min((top + th) * factor, height), min((left + tw) * factor, width)
+        return pad_to_multiple(read(top * factor, bottom, left * factor, right)[None].float(), model.unit)
+
+    def encode(top: int, jobs: list[tuple[int, int]]) -> Iterator[Tensor]:
+        for part in batches(jobs, batch):
+            z = model.encode(torch.cat([pixels(top, x) for x, _ in part]).to(context.device))
+            progress(len(part))
+            yield from z.float()
+
+    def predict(t: int, middle: bool, top: int, jobs: list[tuple[int, int]]) -> Iterator[Tensor]:
+        sar = z_sar.read(top, top + th).to(context)
+        noisy = z_t.read(top, top + th).unflatten(0, (samples, channels)).to(context)
+        for part in batches(jobs, batch):
+            tiles = [(sar[..., x : x + tw], noisy[n, ..., x : x + tw]) for x, n in part]
+            prediction, raw = denoise(model.unet, *map(torch.stack, zip(*tiles)), t, context)
+            if middle and raw is not None:
+                prediction = torch.cat([prediction.float(), 1 / variance(raw.float())], dim=1)
+            progress(len(part))
+            yield from prediction.float()
+
+    def decode(top: int, jobs: list[tuple[int, int]]) -> Iterator[Tensor]:
+        z = z_t.read(top, top + th).unflatten(0, (samples, channels)).to(context.device)
+        for part in batches(jobs, batch):
+            image = model.decode(torch.stack([z[n, ..., x : x + tw] for x, n in part]))
+            progress(len(part))
+            yield from image.float()
+
+    def resized(rows: slice, columns: slice) -> Tensor:  # confidence (N, 1, ...) of these latent pixels
+        above, before = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)
+        x = confidence.read(above, min(rows.stop + MARGIN, h))[:, None, :, before : columns.stop + MARGIN]
+        size = [n * factor for n in x.shape[2:]]
+        x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+        return x[:, :, (rows.start - above) * factor :, (columns.start - before) * factor :]
+
+    blended = partial(blend, h, w, side)
+    with (
+        Rows(folder, channels, h, w) as z_sar,
+        Rows(folder, samples * channels, h, w) as z_t,
+        Rows(folder, samples, h, w) as confidence,
+    ):
+        for rows, columns, z in blended(encode):
+            z_sar.write(rows.start, columns.start, z[0])
+        for seed in seeds:
+            z_t.append_noise(seed, channels)
+        has_confidence = False
+        for i, t in enumerate(scheduler.timesteps.tolist()):
+            for rows, columns, output in blended(partial(predict, t, i == steps // 2), samples):
+                # no tile to come reads these pixels again, so they may take their step
+                x = z_t.read(rows.start, rows.stop)[..., columns].unflatten(0, (samples, channels)).to(output.device)
+                z_t.write(rows.start, columns.start, scheduler.step(output[:, :channels], t, x).flatten(0, 1))
+                if output.shape[1] > channels:
+                    confidence.write(rows.start, columns.start, output[:, channels])
+                    has_confidence = True
+        for rows, columns, eo in blended(decode, samples, factor):
+            top, left = rows.start * factor, columns.start * factor
+            eo = eo[:, :, : height - top, : width - left].clamp(-1, 1)
+            seen = resized(rows, columns)[:, :, : eo.shape[2], : eo.shape[3]] if has_confidence else None
+            yield top, left, eo, seen
+
+
+def batches(jobs: list, size: int) -> Iterator[list]:
+    """The jobs in runs of `size`, the last perhaps shorter."""
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
+
+
+def check_tile(model: CDiffSET, tile: int) -> None:
+    """Raises ValueError unless tiles of this many pixels suit the model."""
+    if tile % model.unit or tile < 2 * model.unit:
+        raise ValueError(f"tiles of {tile} pixels: this model needs multiples of {model.unit}, at least two")
+
+
+def latent_size(model: CDiffSET, height: int, width: int) -> tuple[int, int]:
+    """The size of a scene's latents, after padding to the model's unit."""
+    return tuple((size + -size % model.unit) // model.vae.factor for size in (height, width))
+
+
+def count_tiles(model: CDiffSET, height: int, width: int, tile: int, steps: int, samples: int) -> int:
+    """How many tiles `translate_scene` reports to `progress`: encoded, for each step, and decoded."""
+    rows, columns = (len(starts(size, tile // model.vae.factor)) for size in latent_size(model, height, width))
+    return rows * columns * (1 + samples * (steps + 1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tiles and their weights
+
+
+def starts(size: int, tile: int) -> list[int]:
+    """Where tiles begin along an axis: evenly spread, overlapping by a quarter of a tile or more."""
+    if size <= tile:
+        return [0]
+    gaps = math.ceil((size - tile) / (tile - tile // 4))
+    return [round(i * (size - tile) / gaps) for i in range(gaps + 1)]
+
+
+def weights(size: int, tile: int, scale: int = 1) -> list[Tensor]:
+    """The weight of each tile along an axis, (tile * scale,) each: rising and falling as a sine squared over a
+    quarter of the tile, and divided by the sum of all tiles' weights there, so that the blend is an average.
+    """
+    begin, length = [start * scale for start in starts(size, tile)], min(tile, size) * scale
+    ramp = max(1, tile // 4) * scale
+    inward = torch.arange(length, dtype=torch.float64) + 0.5  # distance to the tile's near end
+    bell = (torch.minimum(inward, inward.flip(0)) / ramp).clamp(max=1).mul(math.pi / 2).sin() ** 2
+    total = torch.zeros(size * scale, dtype=torch.float64)
+    for start in begin:
+        total[start : start + length] += bell
+    return [(bell / total[start : start + length]).float() for start in begin]
+
+
+def blend(
+    height: int,
+    width: int,
+    tile: int,
+    compute: Callable[[int, list[tuple[int, int]]], Iterator[Tensor]],
+    samples: int = 1,
+    scale: int = 1,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Computes the overlapping tiles of a (height, width) plane and averages them.
+
+    compute(top, [(left, sample), ...]) gives, for a row of tiles, (C, tile * scale, tile * scale) for each job.
+    Yields (rows, columns, values (samples, C, rows * scale, columns * scale)): the parts of the plane, from top to
+    bottom and left to right, as soon as no tile to come reaches them. What tiles below will share is kept in
+    `below`, what the next tile to the right will share in `beside`.
+    """
+    tops, lefts = starts(height, tile), starts(width, tile)
+    down, across = weights(height, tile, scale), weights(width, tile, scale)
+    below, carried = None, 0
+    for top, bottom, weight in zip(tops, [*tops[1:], height], down):
+        tiles = compute(top, [(left, n) for left in lefts for n in range(samples)])
+        done, beside = (bottom - top) * scale, None
+        for left, right, weight_x in zip(lefts, [*lefts[1:], width], across):
+            values = torch.stack(list(islice(tiles, samples)))
+            values *= (weight[:, None] * weight_x).to(values.device)
+            if beside is not None:
+                values[..., : beside.shape[3]] += beside
+            values, beside = values.split([(right - left) * scale, values.shape[3] - (right - left) * scale], dim=3)
+            if below is None:
+                shared = values.shape[2] - min(b - a for a, b in zip(tops, [*tops[1:], height])) * scale
+                below = values.new_empty(*values.shape[:2], shared, width * scale)
+            here = below[..., left * scale : right * scale]
+            values[:, :, :carried] += here[:, :, :carried]
+            here[:, :, : values.shape[2] - done] = values[:, :, done:]
+            yield slice(top, bottom), slice(left, right), values[:, :, :done]
+        carried = values.shape[2] - done
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Numbers on disk
+
+
+class Rows:
+    """Float32 numbers (channels, height, width) in a temporary file without a name: it vanishes with its process,
+    however that ends. (A memory map would count as memory in use, and crash the process when the disk is full.)
+    """
+
+    def __init__(self, folder: Path | None, channels: int, height: int, width: int):
+        self.shape = channels, height, width
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> "Rows":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """(channels, bottom - top, width)"""
+        channels, _, width = self.shape
+        rows = torch.empty(channels, bottom - top, width)
+        for channel, part in enumerate(rows.numpy()):
+            self._seek(channel, top)
+            self.file.readinto(part)
+        return rows
+
+    def write(self, top: int, left: int, values: Tensor) -> None:
+        """values (channels, any number of rows, any number of columns)"""
+        for channel, part in enumerate(values.cpu().numpy()):
+            for row, line in enumerate(part, top):
+                self._seek(channel, row, left)
+                self.file.write(line.tobytes())
+
+    def append_noise(self, seed: int, channels: int) -> None:
+        """Writes the numbers of `initial_noise(seed, (channels, height, width))` behind what is there.
+
+        They are drawn in chunks, which is the same: torch draws in blocks of 16 (the tests watch over it).
+        """
+        generator, left = torch.Generator("cpu").manual_seed(seed), channels * self.shape[1] * self.shape[2]
+        while left:
+            count = NOISE_CHUNK if left >= 2 * NOISE_CHUNK else left  # none shorter than a block
+            self.file.write(torch.randn(count, generator=generator).numpy().tobytes())
+            left -= count
+
+    def _seek(self, channel: int, row: int, column: int = 0) -> None:
+        _, height, width = self.shape
+        self.file.seek(4 * ((channel * height + row) * width + column))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+
+
+class Source:
+    """An opened SAR image: in memory, or for a large GeoTIFF read by windows.
+
+    placed: it has a place on earth or a no-data value to keep, so that results should be GeoTIFFs.
+    ImageError names the file and what is wrong with it.
+    """
+
+    def __init__(self, path: Path, scale: str = "auto", stretch: tuple[float, float] | None = None):
+        self.path, self.dataset, self.raster, self.placed = path, None, None, False
+        if path.is_file() and is_geotiff(path):
+            self.dataset = file = open_geotiff(path)
+            self.height, self.width = file.shape
+            size = f"{str(path)!r} is {file.width}x{file.height} pixels"
+            if min(file.shape) < MIN_SIDE:
+                raise ImageError(f"{size}: each side needs at least {MIN_SIDE}")
+            if file.height * file.width > max(2**24, 4000 * path.stat().st_size):  # no compression exceeds 4000
+                raise ImageError(f"{size} but too small a file for it: damaged or a trap")
+            self.placed = bool(file.crs or file.gcps[0] or file.rpcs or not file.transform.is_identity)
+            self.placed |= file.nodata is not None
+            reduced = self.overview(OVERVIEW)
+            if reduced.valid.shape == file.shape:
+                self.raster = reduced
+        else:
+            reduced = self.raster = read_raster(path)
+            self.height, self.width = reduced.valid.shape
+        self.limits = sar_range(reduced, scale, stretch)
+
+    def overview(self, side: int) -> Raster:
+        """The whole image, thinned out so that no side is longer than this."""
+        shrink = max(1.0, max(self.height, self.width) / side)
+        shape = round(self.height / shrink) or 1, round(self.width / shrink) or 1
+        if self.raster is None:
+            return read_window(self.dataset, shape=shape)
+        bands, valid, source = self.raster
+        rows, columns = (np.arange(n) * size // n for n, size in zip(shape, valid.shape))
+        return Raster(bands[:, rows][:, :, columns], valid[rows][:, columns], source)
+
+    def window(self, top: int, bottom: int, left: int, right: int) -> Raster:
+        """A part of the image."""
+        if self.raster is None:
+            from rasterio.windows import Window
+
+            return read_window(self.dataset, Window(left, top, right - left, bottom - top))
+        bands, valid, source = self.raster
+        return Raster(bands[:, top:bottom, left:right], valid[top:bottom, left:right], source)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """A part of the image as float32 (3, bottom - top, right - left) in [-1, 1], no-data darkest."""
+        return sar_image(self.window(top, bottom, left, right), self.limits)
+
+    def close(self) -> None:
+        self.raster = None
+        if self.dataset is not None:
+            self.dataset.close()
+
+
+# Parts of results at (top, left): "eo" uint8 (rows, columns, 3); "confidence" and "spread" float32 (rows, columns)
+Results = Iterable[tuple[int, int, dict[str, np.ndarray]]]
+
+
+def write_pictures(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
+    """Writes PNGs, transparent where there is no data; confidence from lowest to highest, spread in whole levels."""
+    whole = {}
+    for top, left, parts in results:
+        for kind, part in parts.items():
+            if kind not in whole:
+                whole[kind] = np.empty((source.height, source.width, *part.shape[2:]), part.dtype)
+            whole[kind][top : top + part.shape[0], left : left + part.shape[1]] = part
+    valid = source.window(0, source.height, 0, source.width).valid
+    for kind, picture in whole.items():
+        if kind == "confidence":
+            picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of the rest
+            picture = confidence_picture(torch.from_numpy(picture)[None])
+        elif kind == "spread":
+            picture = picture.round().clip(0, 255).astype(np.uint8)
+        if not valid.all():
+            picture = np.dstack([picture, np.where(valid, 255, 0).astype(np.uint8)])
+        save_image(paths[kind], picture, about)
+
+
+def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
+    """Writes GeoTIFFs with the place of the input, part by part. No-data: EO has an internal mask, since 0 is a colour;
+    the others keep the input's no-data value, but have NaN where it is none or could be a result.
+    """
+    import rasterio
+    from rasterio.windows import Window
+
+    given = source.dataset
+    common = {
+        "driver": "GTiff", "width": source.width, "height": source.height, "crs": given.crs, "tiled": True,
+        "blockxsize": 128, "blockysize": 128, "compress": "deflate", "bigtiff": "if_safer",
+        "transform": None if given.transform.is_identity else given.transform,
+    }  # fmt: skip
+    nodata = {"eo": None, "confidence": np.nan, "spread": np.nan}
+    if given.nodata is not None and -3e38 < given.nodata <= 0:  # float32 ends at 3.4e38
+        nodata["confidence"] = given.nodata
+        nodata["spread"] = given.nodata or np.nan  # where samples agree, it is 0
+    number = {"dtype": "float32", "count": 1, "predictor": 3}
+    colour = {"dtype": "uint8", "count": 3, "predictor": 2, "photometric": "RGB"}
+    # bytes; small, but enough for the blocks that two rows of tiles share, which else were compressed twice
+    cache = max(2**25, 2**12 * source.width)
+    with ExitStack() as names, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=cache):
+        temporary = {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}
+        sums = dict.fromkeys(paths, 0)
+        try:
+            with ExitStack() as stack:
+                files = {}
+                for kind in paths:
+                    profile = common | (colour if kind == "eo" else number) | {"nodata": nodata[kind]}
+                    files[kind] = file = stack.enter_context(rasterio.open(temporary[kind], "w", **profile))
+                    file.update_tags(**about)
+                    if given.gcps[0]:
+                        file.gcps = given.gcps
+                    if given.rpcs:
+                        file.rpcs = given.rpcs
+                for top, left, parts in results:
+                    rows, columns = parts["eo"].shape[:2]
+                    valid = source.window(top, top + rows, left, left + columns).valid
+                    for kind, part in parts.items():
+                        if kind != "eo":
+                            part = np.where(valid, part, np.float32(nodata[kind]))
+                        part = np.moveaxis(np.atleast_3d(part), 2, 0)
+                        files[kind].write(part, window=Window(left, top, columns, rows))
+                        sums[kind] += checksum(part)
+                    files["eo"].write_mask(valid, window=Window(left, top, columns, rows))
+                    sums["eo"] += int(valid.sum())
+            for kind, path in temporary.items():  # GDAL tells nobody if the disk is full when it closes a file
+                with rasterio.open(path) as file:
+                    for _, window in file.block_windows(1):
+                        mask = file.read_masks(1, window=window) if kind == "eo" else np.zeros(1)
+                        sums[kind] -= checksum(file.read(window=window)) + int((mask > 0).sum())
+                if sums[kind]:
+                    raise OSError("it reads back otherwise than it was written")
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise OSError(f"cannot write {str(paths['eo'])!r} and its like (is the disk full?): {error}") from error
+
+
+def checksum(values: np.ndarray) -> int:
+    """A sum that does not depend on the order of the values."""
+    return int(np.ascontiguousarray(values).view(np.uint8).sum(dtype=np.uint64))

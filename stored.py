@@ -1,0 +1,146 @@
+"""Tensors by name, in safetensors files: reading without loading, renaming, checking, writing.
+
+A `Stored` tensor knows its file and its shape, but its data stay on disk until `load`. So renaming and checking
+names and shapes costs nothing, and a network can be filled one tensor at a time.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from files import atomic
+
+PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+CONVERT = "is a pickle, which can run code when loaded: convert it to safetensors first, or download the safetensors"
+
+
+MAPPED_MAX = 2**28  # bytes
+
+
+class File:
+    """An opened safetensors file. It is mapped into memory, and pages that were read count as ours: it is mapped
+    anew whenever `MAPPED_MAX` bytes were read, so that the peak of memory is that of the model alone.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.open()
+
+    def open(self) -> None:
+        self.safetensors, self.mapped = safe_open(self.path, framework="pt"), 0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all its tensors, by name."""
+        return {key: tuple(self.safetensors.get_slice(key).get_shape()) for key in self.safetensors.keys()}  # noqa: SIM118
+
+    def read(self, key: str, rows: slice | None) -> Tensor:
+        """A tensor, or some rows of it, that lives in the mapped file."""
+        if self.mapped > MAPPED_MAX:
+            self.open()
+        tensor = self.safetensors.get_tensor(key) if rows is None else self.safetensors.get_slice(key)[rows]
+        self.mapped += tensor.nbytes
+        return tensor
+
+
+class Stored(NamedTuple):
+    """A tensor on disk. rows: which rows of the stored one (None: all); shape: after selecting and reshaping."""
+
+    file: File
+    key: str
+    shape: tuple[int, ...]
+    rows: slice | None = None
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """A copy in memory, in the dtype asked for. Raises ValueError if it cannot be read or holds NaN or infinity."""
+        try:
+            tensor = self.file.read(self.key, self.rows).reshape(self.shape).to(dtype, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.file.path}: {self.key} cannot be read ({error})") from error
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            problem = f"has values that are not finite in {dtype}; is the file damaged?"
+            raise ValueError(f"{self.file.path}: {self.key} {problem}")
+        return tensor
+
+
+Tensors = dict[str, Stored]
+Rule = tuple[str, str | Callable[[re.Match], str]]  # pattern and replacement, as for re.sub
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def open_tensors(path: Path) -> Tensors:
+    """The tensors of one safetensors file, by their stored names. Raises ValueError if it cannot be read."""
+    refuse_pickle(path)
+    try:
+        file = File(path)
+        return {key: Stored(file, key, shape) for key, shape in file.shapes().items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); download or copy it again") from error
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises ValueError if the name is that of a pickled PyTorch file."""
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(f"{path} {CONVERT}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Names
+
+
+def rename(tensors: Tensors, rules: list[Rule]) -> Tensors:
+    """Applies every rule to every name, in order. Raises ValueError if two tensors get the same name."""
+    renamed: Tensors = {}
+    for old, tensor in tensors.items():
+        new = old
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed:
+            raise ValueError(f"{tensor.file.path}: holds one tensor twice, as {renamed[new].key} and {tensor.key}")
+        renamed[new] = tensor
+    return renamed
+
+
+def strip(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names start with `prefix`, without it."""
+    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def count(tensors: Tensors, prefix: str) -> int:
+    """How many numbered items `prefix.0`, `prefix.1`, ... the names hold."""
+    return len({m[1] for m in (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in tensors) if m})
+
+
+def check_names(source: Path, expected: set[str], found: set[str]) -> None:
+    """Raises ValueError unless both are equal, naming the file and the first missing and unknown tensors."""
+    problems = [
+        f"{word} tensors: {some(names)}"
+        for word, names in (("missing", sorted(expected - found)), ("unknown", sorted(found - expected)))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source}: {'; '.join(problems)}")
+
+
+def some(items: Iterable[str]) -> str:
+    """The first three, and how many more there are."""
+    items = list(items)
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically; makes the folder. Tensors may be on any device, in any memory format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)

@@ -1,0 +1,114 @@
+"""What the tests of the training share: a small dataset, a small model to start from, processes to be killed."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cli
+from cdiffset import CDiffSET
+from pretrain import CONTEXT, TOKENS, small_unet, small_vae
+from scheduler import DDPMScheduler
+from synth import write_dataset
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """20 synthetic pairs of 64x64 pixels, in ten scenes."""
+    folder = tmp_path_factory.mktemp("data") / "sen12"
+    write_dataset(folder, pairs=20, size=64)
+    return folder
+
+
+def write_base(folder: Path, seed: int = 0, **schedule) -> Path:
+    """A stand-in for Stable Diffusion with random weights: factor 4, 4 channels in and out."""
+    torch.manual_seed(seed)
+    vae, unet = small_vae([8, 8, 8]), small_unet([8, 16], layers=1)
+    CDiffSET(vae, unet, torch.randn(1, TOKENS, CONTEXT), DDPMScheduler(**schedule)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """The folder of a small model to start from."""
+    return write_base(tmp_path_factory.mktemp("base") / "base")
+
+
+class Forked:
+    """A process of its own that runs a script's main() as the shell would; its output goes to a file.
+
+    It is forked, so PyTorch need not be imported again, and leads a process group, as in a terminal.
+    """
+
+    def __init__(self, main: Callable[..., int], *arguments, before: Callable[[], None] = lambda: None):
+        handle, name = tempfile.mkstemp(suffix=".txt")
+        os.close(handle)
+        self.output = Path(name)
+
+        def target():
+            os.setsid()
+            os.dup2(os.open(self.output, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            before()
+            cli.run(lambda: main(*arguments))
+
+        self.process = multiprocessing.get_context("fork").Process(target=target)
+        self.process.start()
+
+    def signal(self, number: int, group: bool = False) -> None:
+        """Sends a signal to the process, or to all of its group, and returns at once."""
+        if self.process.is_alive():
+            (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def wait(self) -> tuple[int, str]:
+        """-> exit code (-9 if killed), the last line that it printed."""
+        end = time.monotonic() + 400
+        while self.process.exitcode is None:  # join() would also wait for its children
+            assert time.monotonic() < end, "the process hangs"
+            time.sleep(0.005)
+        text = self.output.read_text()
+        self.output.unlink()
+        return self.process.exitcode, (text.strip().splitlines() or [""])[-1]
+
+
+def run(main: Callable[..., int], *arguments, **options) -> tuple[int, str]:
+    """Runs main() in a process of its own: -> exit code, last line."""
+    return Forked(main, *arguments, **options).wait()
+
+
+def run_with_kills(main: Callable[..., int], arguments: list[str], kills: int, seconds: float, seed: int = 0) -> int:
+    """Runs main() to its end with `kill -9` at random moments, resuming each time: -> how many struck."""
+    moments, struck = random.Random(seed), 0
+    for _ in range(kills):
+        process = Forked(main, [*arguments, "--resume"])
+        time.sleep(moments.uniform(0, seconds))
+        process.signal(signal.SIGKILL)
+        struck += process.wait()[0] == -signal.SIGKILL
+    code, line = run(main, [*arguments, "--resume"])
+    assert code == 0, line
+    return struck
+
+
+def tensors_under(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the safetensors files below a folder, by file and name."""
+    files = sorted(folder.rglob("[!.]*.safetensors"))
+    return {f"{f.relative_to(folder)}:{name}": tensor for f in files for name, tensor in load_file(f).items()}
+
+
+def assert_same_tensors(folder: Path, other: Path) -> None:
+    """The same files with the same tensors, to the last bit."""
+    ours, theirs = tensors_under(folder), tensors_under(other)
+    assert ours and ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
