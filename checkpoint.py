@@ -134,6 +134,8 @@ def explained(settings: Settings) -> Iterator[None]:
         if "DataLoader worker" in what:
             advice = "go on with --resume; if it recurs, memory may be short: use fewer --workers"
             raise ValueError(f"a process that reads images died ({what}): {advice}") from error
+        if processes() > 1 and "closed by peer" in what:
+            raise ValueError("another process of this run ended; its message says why") from error
         raise
     except ValueError as error:  # of a reading process: the message comes after its traceback, as text
         if str(error).startswith("Caught "):

@@ -61,7 +61,7 @@ def find_pairs(root: str | Path) -> Pairs:
     Files of no known layout (labels, masks, readmes) are ignored. ValueError: not a folder, unreadable,
     empty, no known layout, no image with a partner, or pairs of two layouts.
     """
-    files, found = _walk(root), []
+    files, found = walk_files(root), []
     for layout, sar_kind, scene, pattern in LAYOUTS:
         pattern = re.compile(r"(?P<at>(?:.*/)?)" + pattern, re.DOTALL)
         sars, eos, rest = {}, {}, []  # SAR and EO images: {what the paths of a pair share: path}
@@ -103,7 +103,7 @@ def find_pairs(root: str | Path) -> Pairs:
     return Pairs(layout, pairs, [root / name for name in unpaired])
 
 
-def _walk(root: str | Path) -> list[str]:
+def walk_files(root: str | Path) -> list[str]:
     """The files below `root` but hidden ones, as POSIX paths relative to it.
 
     Linked folders are followed, but each real folder is entered once, so that loops of links end. No file is

@@ -29,6 +29,7 @@ def start_processes(device: str | None) -> str:
         torch.cuda.set_device(device)
     # the others wait while the first one validates or fills the cache, which may take hours
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=1))
+    wait_for_all()  # so that none is left alone on its way here when another finds fault with the options
     return device
 
 

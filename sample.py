@@ -39,8 +39,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, pad_to_multiple
-from cli import choose_device, one_line, positive, run
-from data import _walk
+from cli import Parser, choose_device, one_line, positive, run
+from data import walk_files
 from images import grid, sar_image, save_image, to_uint8
 from scene import Source, check_tile, count_tiles, translate_scene, write_geotiffs, write_pictures
 
@@ -62,7 +62,7 @@ def find_images(argument: Path) -> dict[Path, Path]:
     """{image: its place below --out}: the argument, or all images below a folder but hidden ones and results."""
     if not argument.is_dir():
         return {argument: Path(argument.name)}
-    names = [Path(name) for name in sorted(_walk(argument)) if name.lower().endswith(SUFFIXES)]
+    names = [Path(name) for name in sorted(walk_files(argument)) if name.lower().endswith(SUFFIXES)]
     return {argument / name: name for name in names if not name.stem.endswith(tuple(f"_{kind}" for kind in KINDS))}
 
 
@@ -199,7 +199,7 @@ def reduce(eo: Tensor, confidence: Tensor | None, how: str) -> dict[str, np.ndar
 
 
 def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]) -> None:
-    """SAR | EO | confidence | spread, reduced to one size. rows: the files, by kind."""
+    """SAR | EO | confidence | spread, brought to one size. rows: the files, by kind."""
 
     def small(path: Path) -> np.ndarray:
         cell = np.full((SHEET_SIDE, SHEET_SIDE, 3), 255, np.uint8)
@@ -209,6 +209,8 @@ def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]
             source.close()
         except EXPECTED:  # a confidence that is no-data everywhere, say
             return cell
+        enlarged = max(SHEET_SIDE // max(picture.shape), 1)  # small patches fill their cells
+        picture = picture.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
         top, left = ((SHEET_SIDE - n) // 2 for n in picture.shape[:2])
         cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
         return cell
@@ -226,7 +228,7 @@ def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     # fmt: off
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("sar", type=Path, nargs="+", metavar="SAR", help="image file, or folder of images")
     add("--out", type=Path, metavar="DIR", help="where the results go (default: beside each image)")
@@ -242,7 +244,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the timesteps; trailing is better for few steps (default: %(default)s, as in the paper)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--samples", type=positive, default=1, metavar="N",
-        help="translate N times, with the seeds SEED .. SEED + N - 1, and write one result and the spread")
+        help="translate N times, with the seeds SEED .. SEED + N - 1, and write one result and the spread (default: 1)")
     add("--reduce", choices=("mean", "median"), default="mean", help="of the samples (default: %(default)s)")
     add("--scale", choices=("auto", "db", "linear"), default="auto",
         help="what numbers that are not 8 or 16 bit mean (default: auto: dB if any is negative); dB are taken from "

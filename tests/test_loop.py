@@ -488,6 +488,13 @@ def test_processes_that_find_different_checkpoints_refuse_to_train(tmp_path):
         assert code == 2 and "different checkpoints, of steps 0 and 8: --out must be on a disk that they share" in line
 
 
+def test_an_unreadable_sample_of_one_process_ends_the_others_in_one_line_too(tmp_path):
+    port, options = free_port(), {"data": Failing(), "workers": 1}
+    ranks = [Forked(lambda rank=rank: together(rank, port, tmp_path / "run", **options)) for rank in range(2)]
+    assert ranks[1].wait() == (2, "error: 'a\\nb.png' is missing: Error: really")
+    assert ranks[0].wait() == (2, "error: another process of this run ended; its message says why")
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
     port = free_port()
     ranks = [Forked(lambda rank=rank: together(rank, port, tmp_path / "run", batch_size=3)) for rank in range(2)]
