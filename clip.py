@@ -106,6 +106,8 @@ class CLIPTextModel(nn.Module):
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if hidden_size % num_attention_heads:
+            raise ValueError(f"{hidden_size} channels cannot be shared by {num_attention_heads} attention heads")
         self.embeddings = Embeddings(vocab_size, max_position_embeddings, hidden_size)
         self.encoder = Encoder(
             [

@@ -18,8 +18,6 @@ from files import atomic
 
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 CONVERT = "is a pickle, which can run code when loaded: convert it to safetensors first, or download the safetensors"
-
-
 MAPPED_MAX = 2**28  # bytes
 
 

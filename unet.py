@@ -207,6 +207,9 @@ class UNet(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         widths, levels = list(block_out_channels), len(block_out_channels)
         heads = [attention_head_dim] * levels if isinstance(attention_head_dim, int) else list(attention_head_dim)
+        for width, count in zip(widths, heads):
+            if width % count:
+                raise ValueError(f"{width} channels cannot be shared by {count} attention heads")
         self.unit = 2 ** (levels - 1)
         self.gradient_checkpointing = False
 
