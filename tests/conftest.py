@@ -20,6 +20,11 @@ from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
 from synth import write_dataset
 
+# One thread, here and in all processes that tests start: forked ones compute with one whatever this one does, and
+# runs are compared to the last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
