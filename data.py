@@ -179,6 +179,11 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> 
     return [p for p in pairs if p.scene not in test], [p for p in pairs if p.scene in test]
 
 
+def evenly(pairs: Sequence[Pair], number: int) -> list[Pair]:
+    """At most `number` of the pairs, spread over all of them."""
+    return list(pairs[:: max(1, len(pairs) // number)][:number])
+
+
 def seed_of(*parts: object) -> int:
     """63 bits that depend on the parts alone, on every machine and in every version of Python."""
     text = "\0".join(map(str, parts)).encode(errors="surrogateescape")

@@ -28,11 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import synth
-from cdiffset import CDiffSET
 from cli import Parser, choose_device, positive, run
-from data import Pair, PairDataset, describe, find_pairs, mask_path, read_pair, split_pairs
+from data import Pair, PairDataset, describe, evenly, find_pairs, mask_path, read_pair, split_pairs
 from images import confidence_picture, grid, save_image, to_uint8
 from metrics import psnr, scc, ssim
+from sample import load_model
 from weights import write_json
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}
@@ -136,12 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Scores; returns the exit code."""
     args = parse(arguments)
     device = choose_device(args.device)
-    model = CDiffSET.from_pretrained(args.model, args.unet).to(device)
-    if model.from_base:
-        raise ValueError(f"{args.model} is a text-to-image model: fine-tune it first with train.py")
+    model = load_model(args.model, args.unet, "float32", device)
     found = find_pairs(args.data)
     train, test, split = held_out_pairs(found.pairs, args.model)
-    test = test[:: max(1, len(test) // (args.limit or len(test)))][: args.limit]
+    test = evenly(test, args.limit or len(test))
     print("\n".join(describe(found)))
     print(f"{len(test)} of the held-out pairs, by {split}")
 

@@ -31,7 +31,7 @@ from cache import CachedLatents, build_cache, vae_digest
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, run_folder
 from cli import Parser, positive, run
-from data import PairDataset, Pairs, describe, find_pairs, seed_of, split_pairs
+from data import PairDataset, Pairs, describe, evenly, find_pairs, seed_of, split_pairs
 from images import confidence_picture, grid, save_image, to_uint8
 from loop import fit, precision, sample_noise
 from metrics import psnr, ssim
@@ -157,7 +157,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the arithmetic; weights stay float32 (default: bfloat16 on GPUs, else float32)")
     add("--cache", type=Path, metavar="DIR",
-        help="encode all images once and train from their latents: several times faster (default: encode each time)")
+        help="encode all images once and train from their latents: up to twice as fast (default: encode each time)")
     add("--checkpointing", action="store_true", help="recompute activations: much less memory, a third slower")
     add("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
 
@@ -205,8 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = find_pairs(args.data)
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
     train = PairDataset(train_pairs, args.size, args.seed)
-    chosen = test_pairs[:: max(1, len(test_pairs) // args.validate_images)][: args.validate_images]
-    held_out = PairDataset(chosen, args.size, train=False)
+    held_out = PairDataset(evenly(test_pairs, args.validate_images), args.size, train=False)
     if rank() == 0:
         print("\n".join(describe(found)))
         print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} held out (listed in {args.out / 'split.json'})")
