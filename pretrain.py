@@ -172,7 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
     vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)
     embedding = torch.randn(1, TOKENS, CONTEXT)
     model = CDiffSET(vae, unet, embedding, DDPMScheduler(prediction_type=args.prediction_type))
-    model.to(device, memory_format=torch.channels_last)
+    if device.startswith("cuda"):
+        model.to(memory_format=torch.channels_last)  # slower for narrow networks on a CPU
+    model.to(device)
 
     common = {
         "batch_size": args.batch_size, "dtype": args.dtype, "seed": args.seed, "keep": 1, "resume": args.resume,
