@@ -216,11 +216,12 @@ class CDiffSET(nn.Module):
         # the schedule is computed in float32 whatever the networks' precision
         z_t = torch.cat([initial_noise(s, z_sar.shape[1:]) for s in seeds]).to(context.device)
         confidence = None
-        for i, t in enumerate(progress(scheduler.timesteps.tolist())):
-            prediction, raw = denoise(self.unet, z_sar, z_t.to(z_sar.dtype), t, context)
-            if raw is not None and i == steps // 2:
-                confidence = 1 / variance(raw.float())
-            z_t = scheduler.step(prediction.float(), t, z_t)
+        with self.unet.keeping(context):
+            for i, t in enumerate(progress(scheduler.timesteps.tolist())):
+                prediction, raw = denoise(self.unet, z_sar, z_t.to(z_sar.dtype), t, context)
+                if raw is not None and i == steps // 2:
+                    confidence = 1 / variance(raw.float())
+                z_t = scheduler.step(prediction.float(), t, z_t)
         eo = self.decode(z_t).float().clamp(-1, 1)[:, :, :height, :width]
         if confidence is not None:
             confidence = F.interpolate(confidence, size=padded.shape[2:], mode="bicubic", align_corners=False)

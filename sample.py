@@ -41,15 +41,16 @@ from tqdm import tqdm
 from cdiffset import CDiffSET, __version__, pad_to_multiple
 from cli import Parser, choose_device, one_line, positive, run
 from data import walk_files
-from images import grid, sar_image, save_image, to_uint8
-from scene import Source, check_tile, count_tiles, translate_scene, write_geotiffs, write_pictures
+from images import to_uint8
+from scene import check_tile, count_tiles, translate_scene
+from scene_files import Source, contact_sheet, write_geotiffs, write_pictures
 
 TINY = Path(__file__).resolve().parent / "models" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 KINDS = ("eo", "confidence", "spread")  # results are called NAME_eo.png, ...
 EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # may go wrong with a file; others are bugs
-SHEET_ROWS, SHEET_SIDE = 8, 256
+SHEET_ROWS = 8
 
 # Parts of an image at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
 Parts = Iterable[tuple[int, int, Tensor, Tensor | None]]
@@ -196,29 +197,6 @@ def reduce(eo: Tensor, confidence: Tensor | None, how: str) -> dict[str, np.ndar
     if len(eo) > 1:
         parts["spread"] = (127.5 * eo.std(dim=0).mean(dim=0)).cpu().numpy()
     return parts
-
-
-def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]) -> None:
-    """SAR | EO | confidence | spread, brought to one size. rows: the files, by kind."""
-
-    def small(path: Path) -> np.ndarray:
-        cell = np.full((SHEET_SIDE, SHEET_SIDE, 3), 255, np.uint8)
-        try:
-            source = Source(path)
-            picture = to_uint8(sar_image(source.overview(SHEET_SIDE), source.limits))
-            source.close()
-        except EXPECTED:  # a confidence that is no-data everywhere, say
-            return cell
-        enlarged = max(SHEET_SIDE // max(picture.shape), 1)  # small patches fill their cells
-        picture = picture.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
-        top, left = ((SHEET_SIDE - n) // 2 for n in picture.shape[:2])
-        cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-        return cell
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    titles = {"sar": "SAR", "eo": "EO"}
-    pictures = [[small(file) for file in row.values()] for row in rows]
-    save_image(path, grid(pictures, [titles.get(kind, kind) for kind in rows[0]]), about)
 
 
 # ----------------------------------------------------------------------------------------------------------

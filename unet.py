@@ -12,7 +12,8 @@ constructor arguments are those of the diffusers files (`unet/config.json`), so 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -59,14 +60,19 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_channels: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.kept = None  # keys and values of a context that stays: see UNet.keeping
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        keys, values = self.kept or self.keys_and_values(x if context is None else context)
+        return self.to_out[0](attend(self.to_q(x), keys, values, self.heads))
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (B or 1, M, C)."""
+        return self.to_k(context), self.to_v(context)
 
 
 class GEGLU(nn.Module):
@@ -272,6 +278,18 @@ class UNet(nn.Module):
             for upsample in block.upsamplers:
                 x = upsample(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    @contextmanager
+    def keeping(self, context: Tensor) -> Iterator[None]:
+        """Within it, the U-Net attends to this context, whose keys and values are computed once, here."""
+        attentions = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
+        for attention in attentions:
+            attention.kept = attention.keys_and_values(context)
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.kept = None
 
     def _run(self, stage, *args):
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 import scene
 from cdiffset import CDiffSET, add_variance_channel, widen_input
-from images import read_sar, to_uint8
+from images import confidence_picture, read_sar, to_uint8
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
 
@@ -108,7 +108,7 @@ def test_a_file_gets_the_pixels_of_translate(run, model_path, tmp_path, name, op
     assert out == [f"wrote {f'{stem}_eo.png'!r}, {f'{stem}_confidence.png'!r}"]
     eo, confidence = CDiffSET.from_pretrained(model_path).translate(read_sar(path)[None], 2, 3)
     assert np.array_equal(pixels(tmp_path / f"{stem}_eo.png"), to_uint8(eo[0]))
-    assert np.array_equal(pixels(tmp_path / f"{stem}_confidence.png"), scene.confidence_picture(confidence[0]))
+    assert np.array_equal(pixels(tmp_path / f"{stem}_confidence.png"), confidence_picture(confidence[0]))
 
 
 def test_a_folder_keeps_its_tree_and_results_are_no_inputs(run, tmp_path):

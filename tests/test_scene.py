@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import scene
+import scene_files
 from cdiffset import CDiffSET, add_variance_channel, initial_noise, widen_input
 from images import ImageError, read_sar
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
@@ -232,8 +233,8 @@ def geotiff(tmp_path):
 def test_a_large_geotiff_is_read_by_windows_as_a_whole_one(geotiff, monkeypatch):
     path = geotiff()
     expected = read_sar(path)
-    monkeypatch.setattr(scene, "OVERVIEW", 30)
-    source = scene.Source(path)
+    monkeypatch.setattr(scene_files, "OVERVIEW", 30)
+    source = scene_files.Source(path)
     assert source.raster is None and source.placed and (source.height, source.width) == (90, 70)
     assert torch.equal(torch.cat([source.read(0, 40, 7, 70), source.read(40, 90, 7, 70)], dim=1), expected[:, :, 7:])
     assert source.overview(30).bands.shape == (2, 30, 23)
@@ -243,13 +244,13 @@ def test_a_large_geotiff_is_read_by_windows_as_a_whole_one(geotiff, monkeypatch)
 
 def test_a_picture_is_no_geotiff(tmp_path):
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "a.png")
-    source = scene.Source(tmp_path / "a.png")
+    source = scene_files.Source(tmp_path / "a.png")
     assert not source.placed and source.overview(10).bands.shape == (1, 7, 10)
 
 
 def test_compressed_tiffs_without_a_place_become_pictures(geotiff):
     path = geotiff(nodata=None, crs=None, transform=None, compress="deflate")
-    assert not scene.Source(path).placed
+    assert not scene_files.Source(path).placed
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_geotiffs_of_impossible_size_are_refused(geotiff, tmp_path, options, mes
     else:
         path = geotiff(height=12, width=5)
     with pytest.raises(ImageError, match=message):
-        scene.Source(path)
+        scene_files.Source(path)
 
 
 def results(height, width):
@@ -294,9 +295,9 @@ def test_geotiffs_keep_place_and_nodata(geotiff, tmp_path, nodata, kept):
         if nodata is not None and abs(nodata) < 3e38:
             file.nodata = nodata
             file.write(np.where(np.isnan(file.read()), np.float32(nodata), file.read()))
-    source = scene.Source(path)
+    source = scene_files.Source(path)
     paths = {kind: tmp_path / f"{kind}.tif" for kind in parts}
-    scene.write_geotiffs(source, in_windows(parts), paths, {"steps": "3"})
+    scene_files.write_geotiffs(source, in_windows(parts), paths, {"steps": "3"})
     valid = np.ones((90, 70), bool)
     valid[:10, :15] = False
     for kind, path in paths.items():
@@ -314,13 +315,13 @@ def test_geotiffs_keep_place_and_nodata(geotiff, tmp_path, nodata, kept):
 @pytest.mark.parametrize("limit", [1000, 10_000, 18_000])
 def test_a_disk_that_fills_when_a_geotiff_is_closed_is_noticed(geotiff, tmp_path, limit):
     pytest.importorskip("rasterio")
-    source, before = scene.Source(geotiff()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    source, before = scene_files.Source(geotiff()), resource.getrlimit(resource.RLIMIT_FSIZE)
     paths = {kind: tmp_path / f"{kind}.tif" for kind in ("eo", "confidence")}
     parts = {kind: part for kind, part in results(90, 70).items() if kind in paths}
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(OSError, match="is the disk full"):
-            scene.write_geotiffs(source, in_windows(parts), paths, {})
+            scene_files.write_geotiffs(source, in_windows(parts), paths, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {path.name for path in tmp_path.iterdir()} == {"sar.tif"}
@@ -333,7 +334,7 @@ def test_ground_control_points_are_kept(geotiff, tmp_path):
               for row, col in ((0, 0), (0, 70), (90, 0), (90, 70))]  # fmt: skip
     with rasterio.open(path, "r+") as file:
         file.gcps = points, rasterio.crs.CRS.from_epsg(4326)
-    scene.write_geotiffs(scene.Source(path), in_windows(parts), {"eo": tmp_path / "eo.tif"}, {})
+    scene_files.write_geotiffs(scene_files.Source(path), in_windows(parts), {"eo": tmp_path / "eo.tif"}, {})
     with rasterio.open(tmp_path / "eo.tif") as file:
         found, crs = file.gcps
         assert crs.to_epsg() == 4326 and [(p.row, p.col, p.x, p.y) for p in found] == [
@@ -351,7 +352,7 @@ def test_pictures_are_transparent_only_where_there_is_no_data(tmp_path):
     for name, modes in (("holes", {"eo": "RGBA", "confidence": "LA"}), ("whole", {"eo": "RGB", "confidence": "L"})):
         paths = {kind: tmp_path / f"{name}_{kind}.png" for kind in modes}
         kept = {kind: parts[kind].copy() for kind in modes}
-        scene.write_pictures(scene.Source(tmp_path / f"{name}.png"), in_windows(kept), paths, {})
+        scene_files.write_pictures(scene_files.Source(tmp_path / f"{name}.png"), in_windows(kept), paths, {})
         for kind, mode in modes.items():
             with Image.open(paths[kind]) as image:
                 assert image.mode == mode

@@ -1,0 +1,197 @@
+"""SAR images opened and results written, by windows where they are GeoTIFFs: what `sample.py` has to do with files.
+
+file -> Source.read -> a part of the SAR image        parts of the results -> write_geotiffs, write_pictures
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from files import atomic
+from images import (
+    MIN_SIDE,
+    ImageError,
+    Raster,
+    confidence_picture,
+    grid,
+    is_geotiff,
+    open_geotiff,
+    read_raster,
+    read_window,
+    sar_image,
+    sar_range,
+    save_image,
+    to_uint8,
+)
+
+OVERVIEW = 1024  # longest side of the reduced copy from which a scene's range of values is taken
+SHEET_SIDE = 256  # pixels of a picture in a contact sheet
+
+
+class Source:
+    """An opened SAR image: in memory, or for a large GeoTIFF read by windows.
+
+    placed: it has a place on earth or a no-data value to keep, so that results should be GeoTIFFs.
+    ImageError names the file and what is wrong with it.
+    """
+
+    def __init__(self, path: Path, scale: str = "auto", stretch: tuple[float, float] | None = None):
+        self.path, self.dataset, self.raster, self.placed = path, None, None, False
+        if path.is_file() and is_geotiff(path):
+            self.dataset = file = open_geotiff(path)
+            self.height, self.width = file.shape
+            size = f"{str(path)!r} is {file.width}x{file.height} pixels"
+            if min(file.shape) < MIN_SIDE:
+                raise ImageError(f"{size}: each side needs at least {MIN_SIDE}")
+            if file.height * file.width > max(2**24, 4000 * path.stat().st_size):  # no compression exceeds 4000
+                raise ImageError(f"{size} but too small a file for it: damaged or a trap")
+            self.placed = bool(file.crs or file.gcps[0] or file.rpcs or not file.transform.is_identity)
+            self.placed |= file.nodata is not None
+            reduced = self.overview(OVERVIEW)
+            if reduced.valid.shape == file.shape:
+                self.raster = reduced
+        else:
+            reduced = self.raster = read_raster(path)
+            self.height, self.width = reduced.valid.shape
+        self.limits = sar_range(reduced, scale, stretch)
+
+    def overview(self, side: int) -> Raster:
+        """The whole image, thinned out so that no side is longer than this."""
+        shrink = max(1.0, max(self.height, self.width) / side)
+        shape = round(self.height / shrink) or 1, round(self.width / shrink) or 1
+        if self.raster is None:
+            return read_window(self.dataset, shape=shape)
+        bands, valid, source = self.raster
+        rows, columns = (np.arange(n) * size // n for n, size in zip(shape, valid.shape))
+        return Raster(bands[:, rows][:, :, columns], valid[rows][:, columns], source)
+
+    def window(self, top: int, bottom: int, left: int, right: int) -> Raster:
+        """A part of the image."""
+        if self.raster is None:
+            from rasterio.windows import Window
+
+            return read_window(self.dataset, Window(left, top, right - left, bottom - top))
+        bands, valid, source = self.raster
+        return Raster(bands[:, top:bottom, left:right], valid[top:bottom, left:right], source)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """A part of the image as float32 (3, bottom - top, right - left) in [-1, 1], no-data darkest."""
+        return sar_image(self.window(top, bottom, left, right), self.limits)
+
+    def close(self) -> None:
+        self.raster = None
+        if self.dataset is not None:
+            self.dataset.close()
+
+
+# Parts of results at (top, left): "eo" uint8 (rows, columns, 3); "confidence" and "spread" float32 (rows, columns)
+Results = Iterable[tuple[int, int, dict[str, np.ndarray]]]
+
+
+def write_pictures(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
+    """Writes PNGs, transparent where there is no data; confidence from lowest to highest, spread in whole levels."""
+    whole = {}
+    for top, left, parts in results:
+        for kind, part in parts.items():
+            if kind not in whole:
+                whole[kind] = np.empty((source.height, source.width, *part.shape[2:]), part.dtype)
+            whole[kind][top : top + part.shape[0], left : left + part.shape[1]] = part
+    valid = source.window(0, source.height, 0, source.width).valid
+    for kind, picture in whole.items():
+        if kind == "confidence":
+            picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of the rest
+            picture = confidence_picture(torch.from_numpy(picture)[None])
+        elif kind == "spread":
+            picture = picture.round().clip(0, 255).astype(np.uint8)
+        if not valid.all():
+            picture = np.dstack([picture, np.where(valid, 255, 0).astype(np.uint8)])
+        save_image(paths[kind], picture, about)
+
+
+def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
+    """Writes GeoTIFFs with the place of the input, part by part. No-data: EO has an internal mask, since 0 is a colour;
+    the others keep the input's no-data value, but have NaN where it is none or could be a result.
+    """
+    import rasterio
+    from rasterio.windows import Window
+
+    given = source.dataset
+    common = {
+        "driver": "GTiff", "width": source.width, "height": source.height, "crs": given.crs, "tiled": True,
+        "blockxsize": 128, "blockysize": 128, "compress": "deflate", "bigtiff": "if_safer",
+        "transform": None if given.transform.is_identity else given.transform,
+    }  # fmt: skip
+    nodata = {"eo": None, "confidence": np.nan, "spread": np.nan}
+    if given.nodata is not None and -3e38 < given.nodata <= 0:  # float32 ends at 3.4e38
+        nodata["confidence"] = given.nodata
+        nodata["spread"] = given.nodata or np.nan  # where samples agree, it is 0
+    number = {"dtype": "float32", "count": 1, "predictor": 3}
+    colour = {"dtype": "uint8", "count": 3, "predictor": 2, "photometric": "RGB"}
+    # bytes; small, but enough for the blocks that two rows of tiles share, which else were compressed twice
+    cache = max(2**25, 2**12 * source.width)
+    with ExitStack() as names, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=cache):
+        temporary = {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}
+        sums = dict.fromkeys(paths, 0)
+        try:
+            with ExitStack() as stack:
+                files = {}
+                for kind in paths:
+                    profile = common | (colour if kind == "eo" else number) | {"nodata": nodata[kind]}
+                    files[kind] = file = stack.enter_context(rasterio.open(temporary[kind], "w", **profile))
+                    file.update_tags(**about)
+                    if given.gcps[0]:
+                        file.gcps = given.gcps
+                    if given.rpcs:
+                        file.rpcs = given.rpcs
+                for top, left, parts in results:
+                    rows, columns = parts["eo"].shape[:2]
+                    valid = source.window(top, top + rows, left, left + columns).valid
+                    for kind, part in parts.items():
+                        if kind != "eo":
+                            part = np.where(valid, part, np.float32(nodata[kind]))
+                        part = np.moveaxis(np.atleast_3d(part), 2, 0)
+                        files[kind].write(part, window=Window(left, top, columns, rows))
+                        sums[kind] += checksum(part)
+                    files["eo"].write_mask(valid, window=Window(left, top, columns, rows))
+                    sums["eo"] += int(valid.sum())
+            for kind, path in temporary.items():  # GDAL tells nobody if the disk is full when it closes a file
+                with rasterio.open(path) as file:
+                    for _, window in file.block_windows(1):
+                        mask = file.read_masks(1, window=window) if kind == "eo" else np.zeros(1)
+                        sums[kind] -= checksum(file.read(window=window)) + int((mask > 0).sum())
+                if sums[kind]:
+                    raise OSError("it reads back otherwise than it was written")
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise OSError(f"cannot write {str(paths['eo'])!r} and its like (is the disk full?): {error}") from error
+
+
+def checksum(values: np.ndarray) -> int:
+    """A sum that does not depend on the order of the values."""
+    return int(np.ascontiguousarray(values).view(np.uint8).sum(dtype=np.uint64))
+
+
+def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]) -> None:
+    """SAR | EO | confidence | spread, brought to one size. rows: the files, by kind."""
+
+    def small(path: Path) -> np.ndarray:
+        cell = np.full((SHEET_SIDE, SHEET_SIDE, 3), 255, np.uint8)
+        try:
+            source = Source(path)
+            picture = to_uint8(sar_image(source.overview(SHEET_SIDE), source.limits))
+            source.close()
+        except (ValueError, OSError, MemoryError):  # a confidence that is no-data everywhere, say
+            return cell
+        enlarged = max(SHEET_SIDE // max(picture.shape), 1)  # small patches fill their cells
+        picture = picture.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
+        top, left = ((SHEET_SIDE - n) // 2 for n in picture.shape[:2])
+        cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        return cell
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    titles = {"sar": "SAR", "eo": "EO"}
+    pictures = [[small(file) for file in row.values()] for row in rows]
+    save_image(path, grid(pictures, [titles.get(kind, kind) for kind in rows[0]]), about)
