@@ -27,8 +27,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(2)
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error without line breaks (names of files may hold some)."""
+def one_line(error: object) -> str:
+    """The message of an error (or a text) without line breaks (names of files may hold some)."""
     return " ".join(str(error).split())
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cdiffset import CDiffSET, __version__, pad_to_multiple
+from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
 from cli import Parser, choose_device, one_line, positive, run
 from data import walk_files
 from images import to_uint8
@@ -140,6 +140,21 @@ def load_model(path: Path, unet: str | None, dtype: str, device: str) -> CDiffSE
     return model.to(device, memory_format=torch.channels_last if device.startswith("cuda") else torch.preserve_format)
 
 
+def compile_unet(model: CDiffSET) -> None:
+    """Compiles the U-Net in place, and tries it. ValueError: no compiler here that torch.compile can use."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    model.unet.compile()
+    side = 2 * model.unet.unit
+    z = model.prompt_embedding.new_zeros(2, model.vae.config["latent_channels"], side, side)
+    try:
+        with torch.inference_mode():
+            denoise(model.unet, z, z, 0, model.prompt_embedding)
+    except TorchDynamoException as error:
+        reason = one_line(str(error).split("\n\n")[0])  # and not the advice to developers that follows
+        raise ValueError(f"--compile: torch.compile does not work here: {reason}") from error
+
+
 def translate_images(model: CDiffSET, sources: list[Source], args: argparse.Namespace, bar: tqdm) -> list[Parts]:
     """Translates images of one padded size, no larger than a tile, in batches; each gives one part."""
 
@@ -236,6 +251,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the networks; bfloat16 is the fast one on GPUs (default: %(default)s)")
     add("--batch-size", type=positive, metavar="N",
         help="images or tiles that are computed at once (default: 8 on GPUs, else 1)")
+    add("--compile", action="store_true",
+        help="compile the U-Net first (minutes for a large one): for many images or a large scene")
     add("--tile", type=positive, metavar="PIXELS",
         help="larger images are translated in tiles of this size (default: 512, or what suits the model)")
     # fmt: on
@@ -358,6 +375,8 @@ def main(arguments: list[str] | None = None) -> int:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     model = load_model(args.model or TINY, args.unet, args.dtype, device)
     check(args, model)
+    if args.compile:
+        compile_unet(model)
     has_confidence = model.unet.config["out_channels"] > model.vae.config["latent_channels"]
     kinds = ["eo"] + ["confidence"] * has_confidence + ["spread"] * (args.samples > 1)
     if rank == 0:

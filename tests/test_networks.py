@@ -221,6 +221,18 @@ def test_scalar_timestep_and_single_context_serve_the_whole_batch():
 
 
 @torch.no_grad()
+def test_a_kept_context_is_not_looked_at_again_and_gives_the_same():
+    name = "unet_sd2_cdiffset"
+    model, x = fill(ours(name), seed=2), inputs(name, seed=2)
+    context = x["context"][:1]
+    expected, other = model(x["x"], 317, context), model(x["x"], 317, 2 * context)
+    assert error(other, expected) > TOLERANCE
+    with model.keeping(context):
+        assert torch.equal(model(x["x"], 317, 2 * context), expected)
+    assert torch.equal(model(x["x"], 317, 2 * context), other)
+
+
+@torch.no_grad()
 def test_images_of_a_batch_do_not_see_each_other():
     name = "unet_sd1"
     model, x = fill(ours(name), seed=2), inputs(name, seed=2)

@@ -111,6 +111,29 @@ def test_a_file_gets_the_pixels_of_translate(run, model_path, tmp_path, name, op
     assert np.array_equal(pixels(tmp_path / f"{stem}_confidence.png"), confidence_picture(confidence[0]))
 
 
+def test_a_compiled_model_gives_the_same(run, tmp_path, monkeypatch):
+    """With torch's own compiler this takes a minute, and the pixels differ by one level at most."""
+    traced, compile_with = [], torch.nn.Module.compile
+
+    def backend(graph, _inputs):
+        traced.append(graph)
+        return graph.forward
+
+    def broken(_graph, _inputs):
+        raise OSError("no compiler")
+
+    save(tmp_path / "a.png", 64, 32)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_with(module, backend=backend))
+    assert run("a.png", "--out", "plain")[0] == 0 and not traced
+    assert run("a.png", "--out", "compiled", "--compile")[0] == 0 and traced
+    plain, compiled = (pixels(tmp_path / folder / "a_eo.png") for folder in ("plain", "compiled"))
+    assert np.array_equal(plain, compiled) and plain.std() > 1
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_with(module, backend=broken))
+    with pytest.raises(ValueError, match="torch.compile does not work here: .*no compiler$"):
+        run("a.png", "--compile")
+
+
 def test_a_folder_keeps_its_tree_and_results_are_no_inputs(run, tmp_path):
     for name in ("b.png", "deep/a.png", "deep/er/c.png", "x_eo.png", "x_confidence.png", ".hidden/d.png", ".e.png"):
         save(tmp_path / "in" / name)
