@@ -134,17 +134,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the model folder to write (checkpoints go to DIR/.pretrain)")
     add("--size", type=positive, default=128, help="side of the U-Net's training crops (default: %(default)s pixels)")
     add("--vae-size", type=positive, default=64, help="side of the VAE's training crops (default: %(default)s)")
-    add("--vae-steps", type=positive, default=4000, help="training steps of the VAE (default: %(default)s)")
-    add("--unet-steps", type=positive, default=4000, help="training steps of the U-Net (default: %(default)s)")
-    add("--vae-widths", type=positive, nargs="+", default=[8, 32, 64, 128], metavar="N",
-        help="channels of the VAE's levels; 4 levels make a factor of 8, as SD's (default: 8 32 64 128)")
-    add("--unet-widths", type=positive, nargs="+", default=[40, 80, 120], metavar="N",
-        help="channels of the U-Net's levels (default: 40 80 120)")
+    add("--vae-steps", type=positive, default=1600, help="training steps of the VAE (default: %(default)s)")
+    add("--unet-steps", type=positive, default=1500, help="training steps of the U-Net (default: %(default)s)")
+    add("--vae-widths", type=positive, nargs="+", default=[16, 48, 96], metavar="N",
+        help="channels of the VAE's levels; 3 levels make a factor of 4, SD's 4 levels 8 (default: 16 48 96)")
+    add("--unet-widths", type=positive, nargs="+", default=[64, 128, 192], metavar="N",
+        help="channels of the U-Net's levels (default: 64 128 192)")
     add("--unet-layers", type=positive, default=1, help="residual blocks a level of the U-Net (default: %(default)s)")
-    add("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon",
-        help="what the U-Net predicts (default: %(default)s, as in the paper)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction",
+        help="what the U-Net predicts (default: %(default)s, learnt several times faster than SD 2.1-base's epsilon)")
     add("--batch-size", type=positive, default=16, help="pairs a step (default: %(default)s)")
-    add("--vae-lr", type=float, default=1e-3, help="learning rate of the VAE (default: %(default)s)")
+    add("--vae-lr", type=float, default=2e-3, help="learning rate of the VAE (default: %(default)s)")
     add("--unet-lr", type=float, default=6e-4, help="learning rate of the U-Net (default: %(default)s)")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=1, help="processes that read images (default: %(default)s)")
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         "batch_size": args.batch_size, "dtype": args.dtype, "seed": args.seed, "keep": 1, "resume": args.resume,
         "workers": args.workers, "save_every": args.save_every, "validate_every": 250,
     }  # fmt: skip
-    about = {"data": dataset_name(found, args.data), "networks": repr((vae.config, unet.config))}
+    about = {"data": dataset_name(found, args.data), "vae": repr(vae.config)}
     scratch = args.out / ".pretrain"
     crops = PairDataset(train_pairs, args.vae_size, args.seed)
     vae_about = about | {"size": args.vae_size}
@@ -190,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     vae.eval().requires_grad_(False)
     vae.scaling_factor = vae.config["scaling_factor"] = round(measure_scaling_factor(vae, test, device), 5)
     crops = PairDataset(train_pairs, args.size, args.seed)
-    unet_about = about | {"size": args.size, "predicts": args.prediction_type, "scaling_factor": vae.scaling_factor}
+    unet_about = about | {"size": args.size, "unet": repr(unet.config), "predicts": args.prediction_type}
+    unet_about |= {"scaling_factor": vae.scaling_factor}
     settings = Settings(scratch / "unet", args.unet_steps, lr=args.unet_lr, about=unet_about, **common)
     code = train_unet(model, crops, test, settings)
     if not code:
