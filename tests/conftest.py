@@ -92,17 +92,26 @@ def run(main: Callable[..., int], *arguments, **options) -> tuple[int, str]:
     return Forked(main, *arguments, **options).wait()
 
 
-def run_with_kills(main: Callable[..., int], arguments: list[str], kills: int, seconds: float, seed: int = 0) -> int:
-    """Runs main() to its end with `kill -9` at random moments, resuming each time: -> how many struck."""
-    moments, struck = random.Random(seed), 0
+def run_with_kills(
+    main: Callable[..., int], undisturbed: list[str], arguments: list[str], kills: int, share: float, seed: int = 0
+) -> None:
+    """Runs main(undisturbed), then main(arguments) with `kill -9` at random moments, resuming each time, to its end.
+
+    The moments lie in the first `share` of the time that the first run took, so that they strike on every machine.
+    """
+    began = time.monotonic()
+    code, line = run(main, undisturbed)
+    assert code == 0, line
+    took, moments, struck = time.monotonic() - began, random.Random(seed), 0
     for _ in range(kills):
         process = Forked(main, [*arguments, "--resume"])
-        time.sleep(moments.uniform(0, seconds))
+        time.sleep(moments.uniform(0, share * took))
         process.signal(signal.SIGKILL)
         struck += process.wait()[0] == -signal.SIGKILL
     code, line = run(main, [*arguments, "--resume"])
     assert code == 0, line
-    return struck
+    print(f"\nundisturbed {took:.1f} s; killed {struck} times {time.monotonic() - began - took:.1f} s", end=" ")
+    assert struck > kills // 2
 
 
 def tensors_under(folder: Path) -> dict[str, torch.Tensor]:

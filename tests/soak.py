@@ -6,10 +6,9 @@ Takes minutes, so it is not part of the tests, which kill a few times.
 """
 
 import csv
-import time
 
 import pytest
-from conftest import assert_same_tensors, run, run_with_kills
+from conftest import assert_same_tensors, run_with_kills
 
 import train
 from cache import build_cache
@@ -27,23 +26,12 @@ def pairs(tmp_path_factory):
     return PairDataset(find_pairs(folder).pairs, 64)
 
 
-def soak(main, whole: list, killed: list) -> None:
-    """Runs main(*whole) undisturbed, then main(*killed) with kills, close enough for 20 of them to strike."""
-    began = time.monotonic()
-    code, line = run(main, *whole)
-    assert code == 0, line
-    took = time.monotonic() - began
-    struck = run_with_kills(main, killed, KILLS, seconds=took / 6)
-    print(f"\nundisturbed {took:.1f} s; killed {struck} times {time.monotonic() - began - took:.1f} s", end=" ")
-    assert struck >= KILLS // 2
-
-
 def test_a_training_killed_20_times_equals_one_left_alone(pairs, base, tmp_path):
     options = "--size 64 --steps 120 --batch-size 4 --workers 1 --ema 0.9 --device cpu --save-every 3 --keep 3"
     options = [*options.split(), "--validate-every", "25", "--validate-images", "2", "--validate-steps", "2"]
     options += ["--data", str(pairs.pairs[0].sar.parents[2]), "--model", str(base), "--cache", str(tmp_path / "cache")]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    soak(train.main, [[*options, "--out", str(whole)]], [*options, "--out", str(killed)])
+    run_with_kills(train.main, [*options, "--out", str(whole)], [*options, "--out", str(killed)], KILLS, share=1 / 6)
     assert_same_tensors(killed, whole)
     for path in (whole / "samples").iterdir():
         assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
@@ -59,5 +47,5 @@ def test_a_cache_killed_20_times_equals_one_left_alone(pairs, base, tmp_path):
     def fill(arguments):
         build_cache(CDiffSET.from_pretrained(base), pairs, tmp_path / arguments[0])
 
-    soak(fill, [["whole"]], ["killed"])
+    run_with_kills(fill, ["whole"], ["killed"], KILLS, share=1 / 6)
     assert (tmp_path / "killed" / "latents.bin").read_bytes() == (tmp_path / "whole" / "latents.bin").read_bytes()

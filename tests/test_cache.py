@@ -57,10 +57,10 @@ def test_the_cache_takes_the_room_that_the_docstring_says(pairs, folder):
 
 
 def test_a_cache_killed_at_random_moments_goes_on_to_the_same_bytes(base, pairs, folder, tmp_path):
-    def main(*_):
-        build_cache(CDiffSET.from_pretrained(base), pairs, tmp_path / "cache")
+    def main(arguments):
+        build_cache(CDiffSET.from_pretrained(base), pairs, tmp_path / arguments[0])
 
-    run_with_kills(main, [], kills=4, seconds=0.5)
+    run_with_kills(main, ["undisturbed"], ["cache"], kills=4, share=0.4)
     for name in ("latents.bin", "cache.json"):
         assert (tmp_path / "cache" / name).read_bytes() == (folder / name).read_bytes()
 

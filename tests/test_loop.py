@@ -82,7 +82,8 @@ def assert_same_end(out, other):
 
 
 def slowly(network, batch, positions):
-    time.sleep(0.02)
+    """Leaves a second for a signal to come in step 5, however long the test is kept waiting for its turn."""
+    time.sleep(1 if positions[0] // 4 == 4 else 0.005)
     return squares(network, batch, positions)
 
 

@@ -205,13 +205,14 @@ def test_the_summary_says_how_to_go_on(command, tmp_path, capsys):
 
 def test_a_run_killed_at_random_moments_equals_one_that_was_not(command, whole, tmp_path):
     out = tmp_path / "run"
-    assert run_with_kills(train.main, [*command, "--out", str(out)], kills=5, seconds=1.2) > 0
+    undisturbed = [*command, "--out", str(tmp_path / "undisturbed")]
+    run_with_kills(train.main, undisturbed, [*command, "--out", str(out)], kills=5, share=0.4)
     assert_same_run(out, whole)
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
 def test_a_run_with_cache_and_average_and_workers_killed_while_saving_equals_one_that_was_not(command, tmp_path):
-    arguments = [*command, "--size", "64", "--steps", "5", "--ema", "0.9", "--workers", "1"]
+    arguments = [*command, "--size", "64", "--steps", "8", "--ema", "0.9", "--workers", "1"]
     arguments += ["--save-every", "1", "--validate-every", "3", "--cache", str(tmp_path / "cache")]
     assert run(train.main, [*arguments, "--out", str(tmp_path / "whole")])[0] == 0
     out, moments = tmp_path / "run", random.Random(0)
@@ -370,7 +371,7 @@ def test_unknown_options_are_one_line_and_the_help_teaches(capsys):
 # Pretraining, and the whole chain
 
 
-PRETRAIN = "--size 16 --vae-size 16 --vae-steps 6 --unet-steps 6 --vae-widths 8 8 --unet-widths 8 16 --batch-size 2"
+PRETRAIN = "--size 16 --vae-size 16 --vae-steps 12 --unet-steps 12 --vae-widths 8 8 --unet-widths 8 16 --batch-size 2"
 PRETRAIN = [*PRETRAIN.split(), "--save-every", "2", "--workers", "0", "--device", "cpu"]
 
 
@@ -380,7 +381,7 @@ def test_pretraining_interrupted_in_both_stages_makes_the_same_model(dataset, tm
     out = tmp_path / "killed"
     for stage in ("vae", "unet"):
         process, end = Forked(pretrain.main, [*arguments, "--out", str(out), "--resume"]), time.monotonic() + 200
-        while not (out / ".pretrain" / stage / "checkpoint" / "00000002.safetensors").exists():
+        while not any((out / ".pretrain" / stage / "checkpoint").glob("0*")):
             assert time.monotonic() < end and process.process.is_alive()
             time.sleep(0.001)
         process.signal(signal.SIGKILL)
