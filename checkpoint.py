@@ -137,13 +137,14 @@ def explained(settings: Settings) -> Iterator[None]:
         if processes() > 1 and "closed by peer" in what:
             raise ValueError("another process of this run ended; its message says why") from error
         raise
-    except ValueError as error:  # of a reading process: the message comes after its traceback, as text
-        if str(error).startswith("Caught "):
-            raise ValueError(re.split(r"\n[\w.]*Error: ", str(error))[-1]) from error
-        raise
-    except (OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
+        what = str(error)
+        if what.startswith("Caught "):  # by a reading process: the message comes after its traceback, as text
+            what = re.split(r"\n[\w.]*Error: ", what)[-1].strip()
+        if isinstance(error, ValueError):
+            raise ValueError(what) from error
         kept = last_checkpoint(settings.out)
-        raise ValueError(f"{settings.out}: {error}; {kept}; mend that and go on with --resume") from error
+        raise ValueError(f"{settings.out}: {what}; {kept}; mend that and go on with --resume") from error
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -142,11 +142,24 @@ def reading(
     """
     workers = {"num_workers": settings.workers, "worker_init_fn": start_worker}
     loader = iter(DataLoader(dataset, batch_sampler=positions, pin_memory=pin, **workers))
+
+    def read() -> Iterator[list[Tensor]]:
+        try:
+            yield from loader
+        except (OSError, EOFError) as error:  # of a process that died while it handed over what it had read
+            if not settings.workers or str(error).startswith("Caught "):
+                raise
+            raise RuntimeError(f"DataLoader worker: {error}") from error
+
     try:
-        yield loader
+        yield read()
     finally:
         if settings.workers:  # they ignore the signal by which Python ends its children, and it would wait for ever
-            loader._shutdown_workers()
+            try:
+                loader._shutdown_workers()
+            finally:  # that one died, or a signal, may have broken it off
+                for worker in loader._workers:
+                    worker.kill()
 
 
 def add_gradients(

@@ -4,6 +4,7 @@ The network is a small perceptron, so that whole trainings take milliseconds.
 """
 
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Forked, run, tensors_under
@@ -377,6 +379,47 @@ def test_a_reading_process_that_is_killed_is_one_line_and_the_run_can_go_on(tmp_
     code, line = run(lambda: script(tmp_path / "run", data=Dying(), workers=2))
     assert code == 2 and line.startswith("error: a process that reads images died") and "--resume" in line
     assert run(lambda: script(tmp_path / "run", workers=2, resume=True))[0] == 0
+
+
+class Loader:
+    """Two workers, of which one dies while it hands over a batch, and the other one while they are told to end."""
+
+    def __init__(self, *_, **__):
+        self._workers = [multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)]
+        self._workers[0].start()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise self.error
+
+    def _shutdown_workers(self):
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed.")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_reading_processes_that_die_while_they_hand_over_or_end_leave_none_to_wait_for(tmp_path, monkeypatch, error):
+    loaders = []
+    monkeypatch.setattr(Loader, "error", error, raising=False)
+    monkeypatch.setattr(loop, "DataLoader", lambda *_, **__: loaders.append(Loader()) or loaders[0])
+    with pytest.raises(ValueError, match="^a process that reads images died .*--resume"):
+        train(tmp_path / "run", workers=2)
+    loaders[0]._workers[0].join(60)
+    assert loaders[0]._workers[0].exitcode == -signal.SIGKILL
+
+
+class Vanishing(Numbers):
+    def __getitem__(self, position):
+        return np.memmap("gone.bin") if position == 17 else super().__getitem__(position)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_is_the_same_line_whoever_reads_it(tmp_path, workers):
+    code, line = run(lambda: script(tmp_path / "run", data=Vanishing(), workers=workers))
+    kept = f"the last checkpoint is {tmp_path}/run/checkpoint/00000003.safetensors"
+    what = f"[Errno 2] No such file or directory: 'gone.bin'; {kept}; mend that and go on with --resume"
+    assert (code, line) == (2, f"error: {tmp_path}/run: {what}")
 
 
 def test_too_little_memory_is_one_line_with_what_to_try(tmp_path):
