@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cli import out_of_memory
 from files import atomic
 from processes import processes, rank
-from stored import check_names, open_tensors, save_tensors
+from stored import check_names, open_tensors, refuse_no_file, save_tensors
 
 # What may differ when a run is resumed, as the number of processes may. The other settings make it the run it is.
 CHANGEABLE = {"out", "accumulate", "workers", "save_every", "validate_every", "keep", "resume", "about"}
@@ -128,7 +129,7 @@ def explained(settings: Settings) -> Iterator[None]:
         yield
     except RuntimeError as error:
         what = next(iter(str(error).splitlines()), "")
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in what:
+        if out_of_memory(error):
             advice = f"--accumulate {2 * settings.accumulate}, --checkpointing or a smaller --batch-size"
             raise ValueError(f"out of memory: try {advice} ({what})") from error
         if "DataLoader worker" in what:
@@ -160,9 +161,14 @@ def last_checkpoint(out: Path) -> str:
 def read_header(path: Path) -> dict:
     """The step, best score and settings of a checkpoint. Raises ValueError if it cannot be read."""
     try:
+        refuse_no_file(path)
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["training"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            header = json.loads(file.metadata()["training"])
+        kinds = {"step": int, "best": (int, float), "settings": dict}
+        if not all(isinstance(header[key], kind) for key, kind in kinds.items()) or header["step"] < 0:
+            raise ValueError("no step, score and settings in it")
+        return header
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"not a readable checkpoint ({error})"
         raise ValueError(f"{path}: {what}; delete it to resume from the one before") from error
 
@@ -242,20 +248,30 @@ class State:
             exchange()
 
 
+DAMAGED = "not the table that this run writes; move it away and go on with --resume"
+
+
 class Log:
     """A table that grows by rows: a CSV file, and TensorBoard where that is installed.
 
-    The first column is the step. When a run is resumed, the rows after its step are forgotten.
+    The first column is the step. When a run is resumed, the rows after its step are forgotten. Raises ValueError if
+    the file is no such table.
     """
 
     def __init__(self, path: Path, done: int):
-        self.path, self.board = path, None
-        if path.exists():
-            with path.open(newline="") as file:
-                header, *rows = list(csv.reader(file)) or [[]]
+        self.path, self.board, self.header = path, None, []
+        if path.exists() and done:
+            try:
+                with path.open(newline="") as file:
+                    self.header, *rows = list(csv.reader(file)) or [[]]
+                rows = [row for row in rows if len(row) == len(self.header) and int(row[0]) <= done]
+                sum(float(value) for row in rows for value in row)  # ValueError: one is no number
+            except (ValueError, csv.Error) as error:
+                raise ValueError(f"{path}: {DAMAGED} ({error})") from error
             with atomic(path) as temporary, temporary.open("w", newline="") as file:
-                whole = (row for row in rows if len(row) == len(header) and int(row[0]) <= done)
-                csv.writer(file).writerows([header, *whole] if done else [])
+                csv.writer(file).writerows([self.header, *rows] if self.header else [])
+        else:
+            path.unlink(missing_ok=True)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -264,6 +280,8 @@ class Log:
 
     def write(self, row: dict[str, float]) -> None:
         """Appends a row; the first one also writes the header."""
+        if self.header not in ([], list(row)):
+            raise ValueError(f"{self.path}: {DAMAGED} (its columns are {', '.join(self.header)})")
         with self.path.open("a", newline="") as file:
             if not file.tell():
                 csv.writer(file).writerow(row)

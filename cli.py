@@ -13,23 +13,37 @@ INTERRUPTED, TERMINATED = 130, 143
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's main() and exits with its code.
 
-    ValueError and OSError are the user's to mend (bad input, full disk): one line on standard error, exit code 2.
+    ValueError, OSError and too little memory are the user's to mend: one line on standard error, exit code 2.
     Ctrl-C and SIGTERM unwind, so that temporary files are removed: exit code 130 or 143. Anything else is a bug
     of ours and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that no encoding can print
+        stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        print(f"error: {'out of memory: ' * out_of_memory(error)}{one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too little: Python's, a GPU's, or (for which torch has no class) the CPU's."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+
+
 def one_line(error: object) -> str:
-    """The message of an error (or a text) without line breaks (names of files may hold some)."""
-    return " ".join(str(error).split())
+    """The message of an error (or a text), of at most 1000 characters, without those that would move or colour the
+    text of a terminal: names of files and tensors may hold line breaks and worse.
+    """
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2, without the usage that argparse would print first."""
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {one_line(message)}; see --help\n")
 
 
 def positive(text: str) -> int:

@@ -21,6 +21,7 @@ a pair would misalign it. 16-bit colour PNGs lose their low bytes, which Pillow 
 """
 
 import logging
+import os
 import struct
 import warnings
 import zlib
@@ -38,6 +39,7 @@ from files import atomic
 
 MIN_SIDE = 8  # one latent pixel
 MAX_BYTES = 2**32  # of one raster in float32: a Sentinel-1 scene, 25,000 x 16,000 with two bands, is 3.2e9
+MAX_BANDS = 16  # more than any image that is read here has
 Image.MAX_IMAGE_PIXELS = MAX_BYTES // 8  # Pillow's own limit, 0.9e8 pixels, is below such a scene
 warnings.filterwarnings("ignore", module="PIL")  # about damaged files, which get one message from here
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -120,7 +122,7 @@ def is_geotiff(path: str | Path) -> bool:
         except (Image.UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning):
             return True
         eight_bits = max(tags.get(BITS, (1,))) <= 8 and SIGNED not in tags.get(SAMPLE_FORMAT, ())
-        whole = eight_bits or mode in ("I;16", "I;16B", "F")
+        whole = eight_bits or mode in ("I;16", "I;16B", "F") and tags[BITS][0] != 12  # which Pillow takes for 16
         return bool(GEO_TAGS & set(tags)) or tags.get(COMPRESSION, 1) != 1 or not whole
 
 
@@ -159,8 +161,16 @@ def open_geotiff(path: str | Path) -> Any:
     except ImportError:
         raise ImageError(f"{str(path)!r} is a GeoTIFF, which needs rasterio: pip install rasterio") from None
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    # Files beside it (.ovr, .aux.xml, ...) are left alone: they can make GDAL read any file and the network. In the
+    # environment, since rasterio's own settings hold for one thread, and files are opened in another.
+    # Its warnings would go to stderr; its errors are raised.
+    os.environ |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "CPL_LOG": os.devnull}
     with _decoding(repr(str(path))):  # only GTiff: GDAL's other drivers can reach other files and the network
-        return rasterio.open(Path(path).absolute(), driver="GTiff")
+        dataset = rasterio.open(Path(path).absolute(), driver="GTiff")
+    if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535, and reading them one by one takes an hour
+        dataset.close()
+        raise ImageError(f"{str(path)!r} has {dataset.count} bands: SAR images have one to four, EO images 13 at most")
+    return dataset
 
 
 def read_window(dataset: Any, window: Any = None, shape: tuple[int, int] | None = None) -> Raster:
@@ -227,7 +237,7 @@ def sar_range(raster: Raster, scale: str = "auto", stretch: tuple[float, float] 
         raise ImageError(f"{name} has no valid pixel: all is no-data")
     if stretch is None and (scale == "db" or (scale == "auto" and values.min() < 0)):
         return np.array(DB_RANGES[len(bands)]).T
-    return np.percentile(values, stretch or (1, 99), axis=1)
+    return 2 * np.percentile(values / 2, stretch or (1, 99), axis=1)  # halved, so that no difference overflows
 
 
 def sar_image(raster: Raster, limits: np.ndarray) -> Tensor:
@@ -261,8 +271,9 @@ def _to_unit(raster: Raster, limits: np.ndarray) -> np.ndarray:
     low, high = limits.astype(kind)[..., None, None]  # (2, C) -> two of (C, 1, 1)
     x = np.where(raster.valid, raster.bands, low).astype(kind, copy=False)
     np.clip(x, low, high, out=x)
-    x -= low
-    x /= np.maximum(high - low, MIN_RANGE) / 2
+    x /= 2  # halved, which is exact, so that no difference overflows
+    x -= low / 2
+    x /= np.maximum(high / 2 - low / 2, MIN_RANGE / 2) / 2
     x -= 1
     return x.astype(np.float32, copy=False)
 
@@ -282,12 +293,17 @@ def save_image(path: str | Path, image: Tensor | np.ndarray, metadata: dict[str,
 
     Under a temporary name first: the final name never holds half a picture. OSError: cannot be written.
     """
+    with atomic(path) as temporary:
+        write_png(temporary, image, metadata)
+
+
+def write_png(path: Path, image: Tensor | np.ndarray, metadata: dict[str, str] | None = None):
+    """As `save_image`, but under the final name at once."""
     text = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         text.add_itxt(key, value)
     pixels = to_uint8(image) if isinstance(image, Tensor) else image
-    with atomic(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)
+    Image.fromarray(pixels).save(path, format="PNG", pnginfo=text)
 
 
 def confidence_picture(confidence: Tensor) -> np.ndarray:

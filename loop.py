@@ -81,10 +81,11 @@ def fit(
     first = rank() == 0
     logs = [Log(settings.out / file, state.step) for file in ("log.csv", "validation.csv")] if first else []
 
-    def parts(start: int, stop: int) -> list[range]:
+    def parts(start: int, stop: int) -> Iterator[range]:
         """The positions that this process computes at these steps, `accumulate` parts a step."""
         n = settings.accumulate
-        return batches(start * n, stop * n, settings.batch_size // n, rank(), processes())
+        for step in range(start, stop):  # one by one: a list of millions would take gigabytes
+            yield from batches(step * n, (step + 1) * n, settings.batch_size // n, rank(), processes())
 
     network.train()
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", desc=settings.out.name, disable=not first)
@@ -134,7 +135,7 @@ def fit(
 
 @contextmanager
 def reading(
-    dataset: Dataset, positions: list[range], settings: Settings, pin: bool
+    dataset: Dataset, positions: Iterator[range], settings: Settings, pin: bool
 ) -> Iterator[Iterator[list[Tensor]]]:
     """The batches of samples at these positions, read ahead by processes that are gone in the end.
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
-from cli import Parser, choose_device, one_line, positive, run
+from cli import Parser, choose_device, one_line, out_of_memory, positive, run
 from data import walk_files
 from images import to_uint8
 from scene import check_tile, count_tiles, translate_scene
@@ -49,7 +49,7 @@ TINY = Path(__file__).resolve().parent / "models" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 KINDS = ("eo", "confidence", "spread")  # results are called NAME_eo.png, ...
-EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # may go wrong with a file; others are bugs
+EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)  # may go wrong with a file; others are bugs
 SHEET_ROWS = 8
 
 # Parts of an image at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
@@ -389,8 +389,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def fail(path: Path, error: Exception) -> None:
         name, text = repr(str(path)), one_line(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if out_of_memory(error):
             text = "out of memory: try a smaller --batch-size or --tile"
+        elif isinstance(error, RuntimeError):  # a bug
+            raise error
         errors.append(text if name in text else f"{name}: {text}")
         bar.write(f"error: {errors[-1]}", file=sys.stderr)
 

@@ -26,6 +26,7 @@ from images import (
     sar_range,
     save_image,
     to_uint8,
+    write_png,
 )
 
 OVERVIEW = 1024  # longest side of the reduced copy from which a scene's range of values is taken
@@ -101,6 +102,7 @@ def write_pictures(source: Source, results: Results, paths: dict[str, Path], abo
                 whole[kind] = np.empty((source.height, source.width, *part.shape[2:]), part.dtype)
             whole[kind][top : top + part.shape[0], left : left + part.shape[1]] = part
     valid = source.window(0, source.height, 0, source.width).valid
+    pictures = {}
     for kind, picture in whole.items():
         if kind == "confidence":
             picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of the rest
@@ -109,7 +111,10 @@ def write_pictures(source: Source, results: Results, paths: dict[str, Path], abo
             picture = picture.round().clip(0, 255).astype(np.uint8)
         if not valid.all():
             picture = np.dstack([picture, np.where(valid, 255, 0).astype(np.uint8)])
-        save_image(paths[kind], picture, about)
+        pictures[kind] = picture
+    with ExitStack() as names:  # all get their names in the end, or none
+        for kind, temporary in {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}.items():
+            write_png(temporary, pictures[kind], about)
 
 
 def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ Lin et al., WACV 2024. In all formulas a is `alphas_cumprod[t]`, the share of th
 import torch
 from torch import Tensor
 
+MAX_TIMESTEPS = 10**5
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -30,6 +31,9 @@ class DDPMScheduler:
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}")
+        if not 1 <= num_train_timesteps <= MAX_TIMESTEPS or not 0 < beta_start <= beta_end < 1:
+            betas = f"betas from {beta_start} to {beta_end}"
+            raise ValueError(f"{num_train_timesteps} timesteps, {betas}: expected 1 to {MAX_TIMESTEPS}, rising in 0..1")
         self.config = {k: v for k, v in locals().items() if k != "self"}
         # float32 throughout, as in diffusers: SD was trained with these very numbers
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2

@@ -55,11 +55,14 @@ class Stored(NamedTuple):
     rows: slice | None = None
 
     def load(self, dtype: torch.dtype) -> Tensor:
-        """A copy in memory, in the dtype asked for. Raises ValueError if it cannot be read or holds NaN or infinity."""
+        """A copy in memory, in the dtype asked for. ValueError: unreadable, or no finite numbers."""
         try:
-            tensor = self.file.read(self.key, self.rows).reshape(self.shape).to(dtype, copy=True)
+            tensor = self.file.read(self.key, self.rows).reshape(self.shape)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.file.path}: {self.key} cannot be read ({error})") from error
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.file.path}: {self.key} is {tensor.dtype}: weights are floating-point numbers")
+        tensor = tensor.to(dtype, copy=True)
         if not tensor.sum(dtype=torch.float32).isfinite():
             problem = f"has values that are not finite in {dtype}; is the file damaged?"
             raise ValueError(f"{self.file.path}: {self.key} {problem}")
@@ -76,11 +79,18 @@ Rule = tuple[str, str | Callable[[re.Match], str]]  # pattern and replacement, a
 def open_tensors(path: Path) -> Tensors:
     """The tensors of one safetensors file, by their stored names. Raises ValueError if it cannot be read."""
     refuse_pickle(path)
+    refuse_no_file(path)
     try:
         file = File(path)
         return {key: Stored(file, key, shape) for key, shape in file.shapes().items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); download or copy it again") from error
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raises ValueError if it is a folder or a device, or a named pipe, which would have us wait for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")
 
 
 def refuse_pickle(path: Path) -> None:

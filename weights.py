@@ -23,7 +23,18 @@ from clip import CLIPTextModel
 from files import atomic
 from original import open_original
 from scheduler import DDPMScheduler
-from stored import Rule, Tensors, check_names, open_tensors, refuse_pickle, rename, save_tensors, some, strip
+from stored import (
+    Rule,
+    Tensors,
+    check_names,
+    open_tensors,
+    refuse_no_file,
+    refuse_pickle,
+    rename,
+    save_tensors,
+    some,
+    strip,
+)
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -162,6 +173,9 @@ IRRELEVANT = {  # keys that do not change what the network computes
 }
 
 
+JSON_MAX = 2**24  # bytes; the index of a sharded model has some 100,000
+
+
 def read_config(path: Path, network: type[nn.Module]) -> dict:
     """The constructor arguments of `network` from a config.json. Raises ValueError on what we do not implement."""
     config = read_json(path)
@@ -169,7 +183,7 @@ def read_config(path: Path, network: type[nn.Module]) -> dict:
     arguments = {key: value for key, value in config.items() if key in signature(network).parameters}
     for key, value in arguments.items():
         if not is_a(value, kinds[key]):
-            raise ValueError(f"{path}: {key} = {value!r} is of the wrong type")
+            raise ValueError(f"{path}: {key} = {value!r} is of the wrong type, or no number above 0")
     if network is CLIPTextModel:  # a transformers config holds dozens of keys that say nothing about the network
         return arguments
     for key, value in config.items():
@@ -182,19 +196,24 @@ def read_config(path: Path, network: type[nn.Module]) -> dict:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is what an annotation such as `int | Sequence[int]` says."""
+    """Whether a value from JSON is what an annotation such as `int | Sequence[int]` says, and numbers are above 0."""
     if get_origin(kind) is Sequence:
         return isinstance(value, list) and all(is_a(item, get_args(kind)[0]) for item in value)
     if get_args(kind):
         return any(is_a(value, alternative) for alternative in get_args(kind))
-    return type(value) in ((int, float) if kind is float else (kind,))
+    if kind in (int, float) and type(value) in (int, float):
+        return (kind is float or type(value) is int) and 0 < value < 2**63  # and no NaN
+    return type(value) is kind
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises ValueError if it is none."""
+    refuse_no_file(path)
     try:
+        if path.stat().st_size > JSON_MAX:
+            raise ValueError(f"larger than {JSON_MAX} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
@@ -211,6 +230,11 @@ def build(network: type[nn.Module], part: Part, dtype: torch.dtype = torch.float
     It is laid out on the meta device and filled from the file: no random initialisation, no second copy.
     Raises ValueError on a configuration or tensors that do not fit, and on non-finite values.
     """
+    defaults = {key: p.default for key, p in signature(network).parameters.items()}
+    config = defaults | part.config
+    blocks = config.get("num_hidden_layers") or len(config["block_out_channels"]) * config["layers_per_block"]
+    if blocks > len(part.tensors):  # a number in a file must not make us build millions of layers
+        raise ValueError(f"{part.source}: the configuration has {blocks} blocks of layers, more than there are tensors")
     try:
         with torch.device("meta"):
             net = network(**part.config)
@@ -244,7 +268,7 @@ def load_scheduler(path: str | Path, prediction_type: str | None = None) -> DDPM
         arguments["prediction_type"] = prediction_type
     try:
         return DDPMScheduler(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -34,10 +34,10 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def write_base(folder: Path, seed: int = 0, **schedule) -> Path:
+def write_base(folder: Path, seed: int = 0, width: int = 8, **schedule) -> Path:
     """A stand-in for Stable Diffusion with random weights: factor 4, 4 channels in and out."""
     torch.manual_seed(seed)
-    vae, unet = small_vae([8, 8, 8]), small_unet([8, 16], layers=1)
+    vae, unet = small_vae([width] * 3), small_unet([width, 2 * width], layers=1)
     CDiffSET(vae, unet, torch.randn(1, TOKENS, CONTEXT), DDPMScheduler(**schedule)).save_pretrained(folder)
     return folder
 
@@ -46,6 +46,14 @@ def write_base(folder: Path, seed: int = 0, **schedule) -> Path:
 def base(tmp_path_factory) -> Path:
     """The folder of a small model to start from."""
     return write_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a small model that translates, if badly."""
+    folder = tmp_path_factory.mktemp("trained")
+    CDiffSET.from_pretrained(write_base(folder / "base", width=16)).save_pretrained(folder / "model")
+    return folder / "model"
 
 
 class Forked:
