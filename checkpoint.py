@@ -74,7 +74,7 @@ class Settings:
 def exclusive(folder: Path) -> Iterator[None]:
     """Holds the folder for this process, making it if need be. Raises ValueError if another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("a") as lock:  # which empties nothing, if it is a link
         try:
             # A POSIX lock dies with its process; one by flock would live on in the reading processes.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary.unlink(missing_ok=True)  # a link that somebody laid there would be followed
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
