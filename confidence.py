@@ -44,6 +44,7 @@ from weights import write_json
 KINDS = {"only in SAR": 1, "only in EO": 2}  # values of the change masks
 UNCERTAINTY = "1 / confidence"
 FILTERS = ("SAR mean", "SAR deviation", "gradient of generated", "gradient of EO", "EO - colour look-up")
+ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the least certain pixels are dropped
 TIMESTEPS, DRAWS = (501, 801), 4  # at which real pairs are noised, and how often
 BANDS, BINS = 10, 20  # of the timesteps, of the predicted variance
 ROWS = 4  # of the examples
@@ -180,14 +181,14 @@ def by_timestep(
 def detect(scores: dict[str, np.ndarray], change: np.ndarray, objects: np.ndarray) -> dict[str, dict[str, dict]]:
     """{score: {kind: {auroc, ap, auroc_objects}}} of flat scores (N,), change masks and where EO shows an object.
 
-    A kind that does not occur is left out, and what cannot be ranked is None.
+    A kind that does not occur is left out; among objects, None where no unchanged one is there.
     """
     table: dict[str, dict[str, dict]] = {name: {} for name in scores}
     for kind, value in KINDS.items():
         for name, score in scores.items():
             everywhere, truth = (change == 0) | (change == value), change == value
             among = truth | ((change == 0) & objects)
-            if not truth.any() or truth[everywhere].all():
+            if not truth.any():
                 continue
             auroc, ap = ranking(score[everywhere], truth[everywhere])
             only = ranking(score[among], truth[among])[0] if (among & ~truth).any() else None
@@ -270,30 +271,80 @@ def examples(model: CDiffSET, pairs: list[Pair], numbers: Sequence[int], masked:
     return grid(rows, ["SAR", "EO", "generated", "1 / variance", "change"][: len(rows[0])])
 
 
-def plot_detection(path: Path, detection: dict) -> None:
-    """AUROC of all scores, a panel a kind of change; filters in grey."""
-    kinds = [kind for kind in KINDS if any(kind in row for row in detection.values())]
-    rows = {name: {kind: [row[kind]["auroc"]] for kind in kinds} for name, row in detection.items()}
+# ----------------------------------------------------------------------------------------------------------
+# The three parts: each prints a table, writes a plot, and returns its numbers
+
+
+def part_detection(out: Path, scores: dict[str, np.ndarray], change: np.ndarray, objects: np.ndarray) -> dict:
+    """Finding what changed; the plot has a panel a kind of change, and the filters in grey."""
+    kinds = [kind for kind, value in KINDS.items() if (change == value).any()]
+    if not kinds:
+        print("nothing changed in these pairs: no score can find it; try a larger --limit\n")
+        return {"share": {}, "scores": {}}
+    found = detect(scores, change, objects)
+    share = {kind: float(np.mean(change == KINDS[kind])) for kind in kinds}
+    header = ["score", *(f"{kind}: {m}" for kind in kinds for m in ("AUROC", "AP", "among objects"))]
+    cells = {n: ["" if v is None else f"{v:.3f}" for k in kinds for v in row[k].values()] for n, row in found.items()}
+    print(markdown(header, [[name, *row] for name, row in cells.items()]))
+    for kind in kinds:
+        value = {name: row[kind]["auroc"] for name, row in found.items()}
+        best = max((name for name in value if name not in FILTERS), key=value.get)
+        rival = max(FILTERS, key=lambda name: abs(value[name] - 0.5))  # a filter may be turned round
+        print(f"{kind} ({share[kind]:.2%} of the pixels): {best} {value[best]:.3f}, ", end="")
+        print(f"the best of the filters, {rival}, {max(value[rival], 1 - value[rival]):.3f}")
+    rows = {name: {kind: [row[kind]["auroc"]] for kind in kinds} for name, row in found.items()}
     colours = {name: GREY if name in FILTERS else ORANGE if name.startswith("pair") else BLUE for name in rows}
-    save_plot(path, dots(rows, kinds, {kind: f"AUROC, objects {kind}" for kind in kinds}, colours, mark=0.5), 2.8)
+    titles = {kind: f"AUROC, objects {kind}" for kind in kinds}
+    save_plot(out / "detection.png", dots(rows, kinds, titles, colours, mark=0.5), 2.8)
+    return {"share": share, "scores": found}
 
 
-def plot_calibration(path: Path, bands: list[dict], timesteps: int) -> None:
+def part_calibration(out: Path, bands: list[tuple[np.ndarray, np.ndarray]], timesteps: int) -> dict:
     """Squared error against variance in each band of timesteps, and their ratio by timestep."""
-    shade = report.pyplot().get_cmap("viridis")
-    centres = [(band + 0.5) * timesteps / BANDS for band in range(BANDS)]
-    low, high = (f(b["bins_predicted"][k] for b in bands) for f, k in ((min, 0), (max, -1)))
-    series = {"right": Series([low, high], [low, high], GREY, "--")}
-    for band, measured in reversed(list(enumerate(bands))):
+    measured = [calibration(*band) for band in bands]
+    everything = calibration(*(np.concatenate(side) for side in zip(*bands)))
+    width = timesteps // BANDS
+    names = [f"t = {band * width} ... {(band + 1) * width - 1}" for band in range(BANDS)] + ["all"]
+    rows = [[b[key] for key in ("ratio", "error", "correlation")] for b in [*measured, everything]]
+    header = ["timesteps", "squared error / variance", "calibration error", "correlation of logs"]
+    print(markdown(header, [[name, *(f"{value:.3f}" for value in row)] for name, row in zip(names, rows)]))
+
+    shade, centres = report.pyplot().get_cmap("viridis"), [(band + 0.5) * width for band in range(BANDS)]
+    ends = [f(b["bins_predicted"][k] for b in measured) for f, k in ((min, 0), (max, -1))]
+    series = {"equal": Series(ends, ends, GREY, "--")}
+    for band in reversed(range(BANDS)):
         label = f"t ≈ {centres[band]:.0f}" if band in (0, BANDS // 2, BANDS - 1) else f"_{band}"
-        series[label] = Series(measured["bins_predicted"], measured["bins_actual"], shade(band / BANDS))
-    ratio = {"": Series(centres, [b["ratio"] for b in bands], BLUE), "_1": Series(centres, [1] * BANDS, GREY, "--")}
-    off = {"": Series(centres, [b["error"] for b in bands], ORANGE)}
-    save_plot(path, [
+        sides = (measured[band][f"bins_{side}"] for side in ("predicted", "actual"))
+        series[label] = Series(*sides, shade(band / BANDS))
+    ratio = {"": Series(centres, [b["ratio"] for b in measured], BLUE), "_": Series(centres, [1] * BANDS, GREY, "--")}
+    off = {"": Series(centres, [b["error"] for b in measured], ORANGE)}
+    save_plot(out / "calibration.png", [
         lines(f"{BINS} equal bins", "predicted variance", "squared error", series, "xy", columns=2),
         lines("on the whole", "timestep", "squared error / variance", ratio),
         lines("within the bins", "timestep", "mean |ratio − 1|", off),
     ])  # fmt: skip
+    return {"all": everything, "bands": measured}
+
+
+def part_errors(out: Path, error: np.ndarray, scores: dict[str, np.ndarray]) -> dict:
+    """The error of the most certain pixels, by the confidence, by two filters, and by the errors themselves."""
+    orders = {"oracle": error} | {name: scores[name] for name in ORDERS}
+    curves = {name: sparsification(error, order) for name, order in orders.items()}
+    curves["random"] = np.full(100, curves["oracle"][-1])
+    areas = {name: ause(curve, curves["oracle"]) for name, curve in curves.items()}
+    kept = (100, 90, 75, 50, 25)
+    rows = [[n, *(f"{-20 * np.log10(c[k - 1]):.2f}" for k in kept), f"{areas[n]:.3f}"] for n, c in curves.items()]
+    print(markdown(["order of pixels", *(f"PSNR, best {k} %" for k in kept), "AUSE"], rows))
+
+    looks = zip(curves, (GREEN, BLUE, ORANGE, PURPLE, GREY))
+    percent, style = list(range(1, 101)), {"random": "--"}
+    series = {
+        f"{name} ({areas[name]:.2f})": Series(percent, 255 * curves[name], colour, style.get(name, "-"))
+        for name, colour in looks
+    }
+    x, y = "pixels kept, the most certain first, %", "RMSE (0..255)"
+    save_plot(out / "error.png", [lines("in brackets: AUSE", x, y, series, columns=3)], 3.2)
+    return {name: {"rmse": curve.tolist(), "ause": areas[name]} for name, curve in curves.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -309,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     test = evenly(test, args.limit)
     masked = all(mask_path(pair, kind) for pair in test for kind in ("change", "class"))
     print("\n".join(describe(found)))
-    print(f"{len(test)} of the held-out pairs, by {split}; {'with' if masked else 'no'} change masks")
+    print(f"{len(test)} of the held-out pairs, by {split}; {'with' if masked else 'no'} change masks\n")
     colours = fit_colours(read_pair(pair) for pair in train[:: max(1, len(train) // FITTED_ON)])[1]
     scores, error, change, objects, bands = measure(model, test, colours, masked, args)
 
@@ -319,75 +370,14 @@ def main(arguments: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     shown = range(min(ROWS, len(test)))
     if masked:
-        result["share"] = {kind: float(np.mean(change == value)) for kind, value in KINDS.items()}
-        result["detection"] = detect(scores, change, objects)
-        print(detection_table(result["detection"], result["share"]))
-        plot_detection(args.out / "detection.png", result["detection"])
+        result["detection"] = part_detection(args.out, scores, change, objects)
         shown = np.argsort([-np.count_nonzero(read_mask(pair, "change")) for pair in test], kind="stable")[:ROWS]
-
-    calibrated = [calibration(*band) for band in bands]
-    everything = calibration(*(np.concatenate(side) for side in zip(*bands)))
-    result["calibration"] = {"all": everything, "bands": calibrated}
-    print(calibration_table(calibrated, everything, model.scheduler.num_train_timesteps))
-    plot_calibration(args.out / "calibration.png", calibrated, model.scheduler.num_train_timesteps)
-
-    orders = {
-        "oracle": error,
-        **{name: scores[name] for name in (UNCERTAINTY, "SAR deviation", "gradient of generated")},
-    }
-    curves = {name: sparsification(error, order) for name, order in orders.items()}
-    curves["random"] = np.full(100, curves["oracle"][-1])
-    areas = {name: ause(curve, curves["oracle"]) for name, curve in curves.items()}
-    result["error_curve"] = {name: {"rmse": curve.tolist(), "ause": areas[name]} for name, curve in curves.items()}
-    print(error_table(curves, areas))
-    percent = list(range(1, 101))
-    looks = {"oracle": (GREEN, "-"), UNCERTAINTY: (BLUE, "-"), "SAR deviation": (ORANGE, "-")}
-    looks |= {"gradient of generated": (PURPLE, "-"), "random": (GREY, "--")}
-    series = {f"{n} ({areas[n]:.2f})": Series(percent, curves[n] * 255, *look) for n, look in looks.items()}
-    save_plot(
-        args.out / "error.png",
-        [lines("in brackets: AUSE", "pixels kept, the most certain first, %", "RMSE (0..255)", series, columns=3)],
-        3.2,
-    )
-
+    result["calibration"] = part_calibration(args.out, bands, model.scheduler.num_train_timesteps)
+    result["error_curve"] = part_errors(args.out, error, scores)
     write_json(args.out / "confidence.json", result)
     save_small(args.out / "examples.png", examples(model, test, shown, masked, args))
     print(f"everything is in {args.out}/")
     return 0
-
-
-def detection_table(detection: dict, share: dict[str, float]) -> str:
-    """AUROC, average precision and AUROC among objects, for both kinds; and how the best score and filter compare."""
-    kinds = [kind for kind in KINDS if any(kind in row for row in detection.values())]
-    header = ["score", *(f"{kind}: {m}" for kind in kinds for m in ("AUROC", "AP", "among objects"))]
-    rows = [
-        [name, *("" if v is None else f"{v:.3f}" for kind in kinds for v in row[kind].values())]
-        for name, row in detection.items()
-    ]
-    text = markdown(header, rows)
-    for kind in kinds:
-        value = {name: row[kind]["auroc"] for name, row in detection.items()}
-        ours, theirs = ([n for n in value if (n in FILTERS) == filters] for filters in (False, True))
-        best, rival = max(ours, key=value.get), max(theirs, key=lambda n: abs(value[n] - 0.5))
-        text += f"{kind} ({share[kind]:.2%} of the pixels): best is {best} with {value[best]:.3f}, "
-        text += f"of the filters {rival} with {max(value[rival], 1 - value[rival]):.3f}\n"
-    return text
-
-
-def calibration_table(bands: list[dict], everything: dict, timesteps: int) -> str:
-    """The numbers of `calibration`, a row a band of timesteps."""
-    width = timesteps // BANDS
-    names = [f"t = {band * width} ... {(band + 1) * width - 1}" for band in range(BANDS)] + ["all"]
-    header = ["timesteps", "squared error / variance", "calibration error", "correlation of logs"]
-    rows = zip(names, [*bands, everything])
-    return markdown(header, [[n, *(f"{b[key]:.3f}" for key in ("ratio", "error", "correlation"))] for n, b in rows])
-
-
-def error_table(curves: dict[str, np.ndarray], areas: dict[str, float]) -> str:
-    """PSNR of the pixels kept, a row an order, and the area to the oracle's."""
-    kept = (100, 90, 75, 50, 25)
-    rows = [[n, *(f"{-20 * np.log10(c[k - 1]):.2f}" for k in kept), f"{areas[n]:.3f}"] for n, c in curves.items()]
-    return markdown(["order of pixels", *(f"PSNR, best {k} %" for k in kept), "AUSE"], rows)
 
 
 if __name__ == "__main__":

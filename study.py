@@ -210,13 +210,13 @@ def score_images(made: Tensor, truth: Tensor, pairs: list[Pair]) -> list[dict[st
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the images; RMSE over all pixels of its kind, not a number where there are none."""
+    """Means over the images; the RMSE is over all pixels of its kind, and left out where there are none."""
     result = {}
     for name in rows[0]:
         values = np.array([row[name] for row in rows], dtype=np.float64)
-        if values.ndim == 2:
-            total, pixels = values.sum(axis=0)
-            result[name] = float(np.sqrt(total / pixels)) if pixels else float("nan")
-        else:
+        if values.ndim == 1:
             result[name] = float(values.mean())
+        elif values[:, 1].any():
+            total, pixels = values.sum(axis=0)
+            result[name] = float(np.sqrt(total / pixels))
     return result
