@@ -28,8 +28,9 @@ from tqdm import tqdm
 import synth
 from cdiffset import CDiffSET
 from cli import Parser, choose_device, positive, run
-from data import evenly, find_pairs, read_pair
-from evaluate import FITTED_ON, METRICS, fit_colours, held_out_pairs, sar_level
+from confidence import look_up_colours
+from data import evenly, find_pairs
+from evaluate import METRICS, held_out_pairs, sar_level
 from files import atomic
 from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
 from sample import load_model
@@ -41,7 +42,7 @@ LOOKS = (1, 2, 4, 8)
 CLEAN = 10_000  # looks: next to no speckle
 ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: none that the model was trained on
 STEPS = (1, 2, 4, 10, 25, 50)
-SAMPLES = 8  # translations whose mean stands beside the regression
+SAMPLES = 4  # translations whose mean stands beside the regression
 
 TITLES = {
     "psnr": "PSNR, dB ↑",
@@ -184,8 +185,7 @@ def loss(args: argparse.Namespace, picture: Path) -> Results:
 def regression(args: argparse.Namespace, picture: Path) -> Results:
     """One pass of the same network, beside diffusion (one sample, and the mean of several) and the colour look-up."""
     study = open_study(args)
-    every = max(1, len(study.train) // FITTED_ON)
-    colours = fit_colours(read_pair(pair) for pair in study.train[::every])[1]
+    colours = look_up_colours(study.train)
     rows: dict[str, list] = {ARMS["regression"].title: [], ONE_SAMPLE: [], MEAN_OF_SAMPLES: []}
     for seed in args.seeds:
         model, diffusion = train("regression", seed, study), train("cdiff", seed, study)
@@ -275,7 +275,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=6e-4, help="peak learning rate (default: %(default)s)")
     add("--size", type=positive, metavar="N",
         help="side of the crops, or of the drawn scenes, in pixels (default: 64 where networks are trained, else 128)")
-    add("--limit", type=positive, default=128, metavar="N", help="pairs to score (default: %(default)s)")
+    add("--limit", type=positive, metavar="N",
+        help="held-out pairs to score, or scenes to draw a seed (default: 256 where networks are trained, else 64)")
     add("--runs", type=Path, default="runs/claims", metavar="DIR", help="where trainings go (default: %(default)s)")
     add("--out", type=Path, default="results", metavar="DIR", help="where results go (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -285,7 +286,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.data is None and args.claim != "vae":
         parser.error("--data is needed")
-    args.size = args.size or (64 if args.claim in TRAINED else 128)
+    size, limit = (64, 256) if args.claim in TRAINED else (128, 64)
+    args.size, args.limit = args.size or size, args.limit or limit
     return args
 
 

@@ -35,7 +35,7 @@ import synth
 from cdiffset import CDiffSET, denoise, initial_noise, pad_to_multiple, variance
 from cli import Parser, choose_device, positive, run
 from data import Pair, center_crop, describe, evenly, find_pairs, mask_path, read_pair, seed_of
-from evaluate import FITTED_ON, fit_colours, held_out_pairs, local_mean, sar_level
+from evaluate import fit_colours, held_out_pairs, local_mean, sar_level
 from images import confidence_picture, grid, to_uint8
 from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
 from sample import load_model
@@ -47,6 +47,7 @@ FILTERS = ("SAR mean", "SAR deviation", "gradient of generated", "gradient of EO
 ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the least certain pixels are dropped
 TIMESTEPS, DRAWS = (501, 801), 4  # at which real pairs are noised, and how often
 BANDS, BINS = 10, 20  # of the timesteps, of the predicted variance
+FITTED_ON = 400  # training pairs, for the colour look-up
 ROWS = 4  # of the examples
 
 # ----------------------------------------------------------------------------------------------------------
@@ -113,6 +114,11 @@ def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
     with Image.open(mask_path(pair, kind)) as image:
         mask = np.asarray(image)
     return center_crop(mask, size) if size else mask
+
+
+def look_up_colours(pairs: list[Pair]) -> Tensor:
+    """The colour that goes with each SAR level in training pairs, of which FITTED_ON are looked at: (levels, 3)."""
+    return fit_colours(read_pair(pair) for pair in evenly(pairs, FITTED_ON))[1]
 
 
 def deviation(image: Tensor) -> Tensor:
@@ -361,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     masked = all(mask_path(pair, kind) for pair in test for kind in ("change", "class"))
     print("\n".join(describe(found)))
     print(f"{len(test)} of the held-out pairs, by {split}; {'with' if masked else 'no'} change masks\n")
-    colours = fit_colours(read_pair(pair) for pair in train[:: max(1, len(train) // FITTED_ON)])[1]
+    colours = look_up_colours(train)
     scores, error, change, objects, bands = measure(model, test, colours, masked, args)
 
     result = origin("confidence.py", sys.argv[1:] if arguments is None else arguments, device)

@@ -30,7 +30,7 @@ from weights import build, open_model
 SAMPLING = {"steps": 10, "spacing": "trailing"}  # of what is scored, as in train.py's validation
 BATCH = 16  # images at a time, where nothing is trained
 VALIDATIONS = 10  # of a training, on VALIDATED images each
-VALIDATED = 64
+VALIDATED = 32
 CHANGES = {"unchanged": 0, "sar_only": 1, "eo_only": 2}  # in synth.py's masks
 
 

@@ -14,7 +14,6 @@ import confidence
 from cdiffset import CDiffSET
 from confidence import ause, calibration, detect, ranking, sparsification
 from data import find_pairs
-from evaluate import LEVELS
 from synth import write_dataset
 
 SAMPLING = {"steps": 2, "spacing": "trailing", "seed": 0}
@@ -213,7 +212,7 @@ def test_the_command_writes_what_it_prints(changing, model, tmp_path, capsys):
 
 def test_results_do_not_depend_on_the_batch_size(changing, model):
     network, pairs = CDiffSET.from_pretrained(model), find_pairs(changing).pairs[:3]
-    colours = torch.rand(LEVELS, 3)
+    colours = confidence.look_up_colours(pairs)
     one, two = (
         confidence.measure(network, pairs, colours, True, SimpleNamespace(batch_size=size, **SAMPLING))
         for size in (1, 2)
