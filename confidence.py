@@ -15,7 +15,7 @@
 3. With any data: does dropping the least confident pixels lower the error? See `sparsification` and `ause`.
 
 Written to --out: confidence.json, detection.png, calibration.png, error.png, and examples.png with the pairs that have
-most changes (SAR only: pink, EO only: green; the confidence stretched as in sample.py's pictures).
+most changes (SAR only: pink, EO only: green; of the confidence the logarithm, stretched).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import report
 import synth
-from cdiffset import CDiffSET, denoise, initial_noise, pad_to_multiple, variance
+from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
 from cli import Parser, choose_device, positive, run
 from data import Pair, center_crop, describe, evenly, find_pairs, mask_path, read_pair, seed_of
 from evaluate import fit_colours, held_out_pairs, local_mean, sar_level
@@ -48,7 +48,7 @@ ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the
 TIMESTEPS, DRAWS = (501, 801), 4  # at which real pairs are noised, and how often
 BANDS, BINS = 10, 20  # of the timesteps, of the predicted variance
 FITTED_ON = 400  # training pairs, for the colour look-up
-ROWS = 4  # of the examples
+ROWS = 3  # of the examples
 
 # ----------------------------------------------------------------------------------------------------------
 # Measures
@@ -271,10 +271,11 @@ def examples(model: CDiffSET, pairs: list[Pair], numbers: Sequence[int], masked:
     for i in numbers:
         sar, eo = read_batch([pairs[i]])
         made, confidence = model.translate(sar, args.steps, args.seed + int(i), args.spacing)
-        rows.append([to_uint8(sar[0]), to_uint8(eo[0]), to_uint8(made[0]), confidence_picture(confidence[0])])
+        seen = confidence_picture(confidence[0].clamp(min=1 / VARIANCE_MAX).log())
+        rows.append([to_uint8(sar[0]), to_uint8(eo[0]), to_uint8(made[0]), seen])
         if masked:
             rows[-1].append(np.array(synth.CHANGE_COLOURS, np.uint8)[read_mask(pairs[i], "change")])
-    return grid(rows, ["SAR", "EO", "generated", "1 / variance", "change"][: len(rows[0])])
+    return grid(rows, ["SAR", "EO", "generated", "confidence", "change"][: len(rows[0])])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from bench import machine
 from files import atomic
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
-COLOURS = 128  # of a picture's palette: it makes files three times smaller and is not seen
 
 
 def pyplot() -> Any:
@@ -87,7 +86,7 @@ def dots(
     mark: float | None = None,
 ) -> list[Drawing]:
     """A panel a metric: rows from top to bottom in their colours, a dot for each seed and a bar at the mean of several;
-    and a dashed line at `mark`.
+    and a dashed line at `mark`, on axes that are then the same in all panels.
     """
 
     def draw(axes: Any, metric: str, first: bool) -> None:
@@ -99,7 +98,9 @@ def dots(
                 if several:
                     axes.plot(np.mean(row[metric]), y, "|", color=colours[name], ms=15, mew=2)
         if mark is not None:
+            every = [mark, *(value for row in rows.values() for metric in metrics for value in row.get(metric, []))]
             axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
+            axes.set_xlim(min(every) - 0.05, max(every) + 0.05)
         axes.set(title=titles[metric], ylim=(len(rows) - 0.4, -0.6))
         axes.set_yticks(range(len(rows)), rows if first else [""] * len(rows))
         axes.tick_params(axis="y", length=0)
@@ -125,9 +126,9 @@ def save_plot(path: Path, drawings: list[Drawing], height: float = 2.7) -> None:
 
 
 def save_small(path: Path, picture: np.ndarray) -> None:
-    """Writes a picture, uint8 (H, W, 3), as a PNG of few colours."""
+    """Writes a picture, uint8 (H, W, 3), as a PNG of 128 colours: a third of the size, and hardly to be seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    few = Image.fromarray(picture).quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE)
     with atomic(path) as temporary:
         few.save(temporary, optimize=True)
 
