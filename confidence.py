@@ -19,7 +19,6 @@ most changes (SAR only: pink, EO only: green; of the confidence the logarithm, s
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -357,9 +356,9 @@ def part_errors(out: Path, error: np.ndarray, scores: dict[str, np.ndarray]) -> 
 def main(arguments: list[str] | None = None) -> int:
     """Measures; returns the exit code."""
     args = parse(arguments)
-    device = choose_device(args.device)
+    args.device = choose_device(args.device)
     report.pyplot()  # now, rather than after an hour, if it is not there
-    model = load_model(args.model, None, "float32", device)
+    model = load_model(args.model, None, "float32", args.device)
     if model.unet.config["out_channels"] == model.vae.config["latent_channels"]:
         raise ValueError(f"{args.model} has no variance channel: train it further with train.py --loss cdiff")
     found = find_pairs(args.data)
@@ -371,9 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     colours = look_up_colours(train)
     scores, error, change, objects, bands = measure(model, test, colours, masked, args)
 
-    result = origin("confidence.py", sys.argv[1:] if arguments is None else arguments, device)
-    result["settings"] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    result |= {"split": split, "pairs": len(test)}
+    result = origin("confidence.py", arguments, args) | {"split": split, "pairs": len(test)}
     args.out.mkdir(parents=True, exist_ok=True)
     shown = range(min(ROWS, len(test)))
     if masked:

@@ -3,9 +3,11 @@
 Colours are Okabe and Ito's, which the colour-blind can tell apart. The plots need matplotlib.
 """
 
+import argparse
 import io
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
@@ -133,11 +135,15 @@ def save_small(path: Path, picture: np.ndarray) -> None:
         few.save(temporary, optimize=True)
 
 
-def origin(script: str, arguments: list[str], device: str) -> dict[str, str | None]:
-    """What a result needs to be made again, or doubted: command, commit, machine, date, version of torch."""
-    command = shlex.join(["python", script, *arguments])
-    where = {"machine": machine(device), "torch": torch.__version__, "date": str(date.today())}
-    return {"command": command, "commit": commit()} | where
+def origin(script: str, arguments: list[str] | None, args: argparse.Namespace) -> dict[str, Any]:
+    """What a result needs to be made again, or doubted: command, commit, machine, date, version of torch, settings.
+
+    arguments: of the command line, None for those of this process; args: what they became.
+    """
+    command = shlex.join(["python", script, *(sys.argv[1:] if arguments is None else arguments)])
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    about = {"command": command, "commit": commit(), "machine": machine(args.device), "date": str(date.today())}
+    return about | {"torch": torch.__version__, "settings": settings}
 
 
 def commit() -> str | None:
