@@ -218,11 +218,9 @@ def orient(image: Tensor, orientation: int) -> Tensor:
     return image.rot90(orientation % 4, (-2, -1))
 
 
-def augment(sar: Tensor, eo: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two images (C, H, W) of one place -> (C, size, size), cropped, flipped and turned alike."""
-    top, left, orientation = draw_augmentation(*sar.shape[-2:], size, generator)
-    sar, eo = (orient(x[..., top : top + size, left : left + size], orientation) for x in (sar, eo))
-    return sar, eo
+def crop_and_orient(image: Tensor, size: int, top: int, left: int, orientation: int) -> Tensor:
+    """What `draw_augmentation` drew, done: (..., H, W) -> (..., size, size)."""
+    return orient(image[..., top : top + size, left : left + size], orientation)
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
@@ -253,12 +251,14 @@ class PairDataset(torch.utils.data.Dataset):
     Position p is entry p % n of the permutation of epoch p // n, augmented by a generator of its own. Both
     depend on the seed and these numbers alone, so that a resumed run, and any number of workers and ranks,
     see the same samples. With train=False, p is the pair's number, and the crop is central.
+    flips: whether images are flipped and turned, as in the paper. A radar looks to one side, where all shadows
+    fall and from which all houses lean: without flips, a network learns that side, and no other.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, train: bool = True):
+    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, train: bool = True, flips: bool = True):
         if not pairs:
             raise ValueError("there are no pairs to read")
-        self.pairs, self.size, self.seed, self.train = list(pairs), size, seed, train
+        self.pairs, self.size, self.seed, self.train, self.flips = list(pairs), size, seed, train, flips
         self.epoch, self.order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -279,9 +279,11 @@ class PairDataset(torch.utils.data.Dataset):
         """The files behind a position."""
         return self.pairs[self.index(position)]
 
-    def generator(self, position: int) -> torch.Generator:
-        """The generator that draws the augmentation at a position."""
-        return torch.Generator().manual_seed(seed_of(self.seed, "sample", position))
+    def augmentation(self, position: int, height: int, width: int) -> tuple[int, int, int]:
+        """Top and left of the crop at a position, from an image of this size, and its orientation."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "sample", position))
+        top, left, orientation = draw_augmentation(height, width, self.size, generator)
+        return top, left, orientation if self.flips else 0
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         """SAR and EO, float32 (3, size, size) in [-1, 1]. ValueError names the file that is wrong."""
@@ -290,7 +292,8 @@ class PairDataset(torch.utils.data.Dataset):
         try:
             if not self.train:
                 return center_crop(sar, self.size), center_crop(eo, self.size)
-            return augment(sar, eo, self.size, self.generator(position))
+            top, left, orientation = self.augmentation(position, *sar.shape[-2:])
+            return tuple(crop_and_orient(image, self.size, top, left, orientation) for image in (sar, eo))
         except ValueError as error:
             raise ValueError(f"{str(pair.sar)!r}: {error}") from None
 
