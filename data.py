@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,7 +177,7 @@ def describe(found: Pairs, first: int = 3) -> list[str]:
 def mask_path(pair: Pair, kind: str) -> Path | None:
     """The "change" or "class" mask that synth.py writes beside a pair, or None."""
     folder, name = pair.eo.parent.name.replace("s2_", f"{kind}_"), pair.eo.name.replace("_s2_", f"_{kind}_")
-    path = pair.eo.parents[1] / folder / name
+    path = pair.eo.parent.parent / folder / name
     return path if path != pair.eo and path.is_file() else None
 
 
@@ -283,9 +283,9 @@ def _check_crop(height: int, width: int, size: int):
         raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}")
 
 
-def read_pair(pair: Pair) -> tuple[Tensor, Tensor]:
-    """SAR and EO, float32 (3, H, W) in [-1, 1]. ValueError names the file that is wrong."""
-    sar, eo = read_sar(pair.sar), read_eo(pair.eo)
+def read_pair(pair: Pair, read: Callable[[Path], Tensor] = read_sar) -> tuple[Tensor, Tensor]:
+    """SAR (or what `read` reads) and EO, float32 (3, H, W) in [-1, 1]. ValueError names the file that is wrong."""
+    sar, eo = read(pair.sar), read_eo(pair.eo)
     if sar.shape != eo.shape:
         sizes = [f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pair.sar, sar), (pair.eo, eo))]
         raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: the images of a pair must have equal sizes")

@@ -58,6 +58,7 @@ from data import (
     mask_path,
     pair_folders,
     read_pair,
+    seed_of,
 )
 from files import atomic
 from images import confidence_picture, grid, read_eo, save_image, to_uint8
@@ -80,7 +81,7 @@ class Work(NamedTuple):
     made: list[Path]  # the image files that are scored; those of a model are written by `candidates`
     read: Callable[[int], tuple[Tensor, Tensor]]  # a pair's number -> its two images, each (3, H, W) in [-1, 1]
     candidates: Callable[[range, Tensor, Tensor], dict[str, Tensor]]  # numbers, both images -> by method; scored: last
-    about: dict[str, str | list | dict]  # what the result depends on, beside the options
+    about: dict[str, str | dict]  # what the result depends on, beside the options
     split: str  # in words
 
 
@@ -88,12 +89,17 @@ class Work(NamedTuple):
 # What is scored
 
 
+def chosen(pairs: list[Pair], args: argparse.Namespace) -> list[Pair]:
+    """--limit pairs: the first ones in the paper's protocol, else spread over all."""
+    return pairs[: args.limit] if args.protocol == "paper" else evenly(pairs, args.limit or len(pairs))
+
+
 def of_model(args: argparse.Namespace, device: str, out: Path) -> Work:
     """The held-out pairs of a dataset, translated; what is made is written below `out`."""
     model = load_model(args.model, args.unet, "float32", device)
     found = find_pairs(args.data)
     train, test, split = held_out_pairs(found.pairs, args.model)
-    test = test[: args.limit] if args.protocol == "paper" else evenly(test, args.limit or len(test))
+    test = chosen(test, args)
     print("\n".join([*describe(found), f"{len(test)} of the held-out pairs, by {split}"]))
     cut = PairDataset(test, args.size, train=False) if args.size else None
     mean, colours = fit_colours(read_pair(pair) for pair in train[:: max(1, len(train) // FITTED_ON)])
@@ -118,8 +124,8 @@ def of_model(args: argparse.Namespace, device: str, out: Path) -> Work:
             "model": made.cpu(),
         }
 
-    digests = [network_digest(model.vae), network_digest(model.unet)]
-    about = {"weights": digests, "schedule": model.scheduler.config}
+    weights = " ".join(network_digest(network)[:16] for network in (model.vae, model.unet))
+    about = {"weights": weights, "schedule": model.scheduler.config}
     return Work(test, [out / "eo" / f"{name}.png" for name in names], read, candidates, about, split)
 
 
@@ -131,21 +137,13 @@ def save(path: Path, image: Tensor | np.ndarray) -> None:
 
 def of_folders(args: argparse.Namespace) -> Work:
     """The images in a folder, and what they should be."""
-    pairs = pair_folders(args.images, args.truth)
-    pairs = pairs[: args.limit] if args.protocol == "paper" else evenly(pairs, args.limit or len(pairs))
+    pairs = chosen(pair_folders(args.images, args.truth), args)
 
     def read(i: int) -> tuple[Tensor, Tensor]:
-        image, true = read_eo(pairs[i].sar), read_eo(pairs[i].eo)
-        if image.shape != true.shape:
-            sizes = [
-                f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pairs[i].sar, image), (pairs[i].eo, true))
-            ]
-            raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: both must have equal sizes")
-        return image, true
+        return read_pair(pairs[i], read_eo)
 
-    return Work(
-        pairs, [pair.sar for pair in pairs], read, lambda _, image, true: {"images": image}, {}, "all there are"
-    )
+    made = [pair.sar for pair in pairs]
+    return Work(pairs, made, read, lambda _, image, true: {"images": image}, {}, "all there are")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -156,14 +154,11 @@ def score(
     images: Tensor, truth: Tensor, pairs: Sequence[Pair], protocol: str = "standard", lpips: Callable | None = None
 ) -> Iterator[dict[str, float]]:
     """The metrics of each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries."""
-    if protocol == "paper":  # the released code's value range, for LPIPS too
-        images_01, truth_01 = seen = [(x + 0.5).clamp(0, 1) for x in (images, truth)]
-    else:
-        images_01, truth_01 = images / 2 + 0.5, truth / 2 + 0.5
-        seen = images, truth
-    columns = {name: metric(images_01, truth_01).tolist() for name, metric in METRICS.items()}
+    paper = protocol == "paper"  # the value range of the released code, for LPIPS too
+    unit = [(x + 0.5).clamp(0, 1) if paper else x / 2 + 0.5 for x in (images, truth)]
+    columns = {name: metric(*unit).tolist() for name, metric in METRICS.items()}
     if lpips:
-        columns["lpips"] = lpips(*seen).tolist()
+        columns["lpips"] = lpips(*(unit if paper else (images, truth))).tolist()
     for i, pair in enumerate(pairs):
         row = {name: values[i] for name, values in columns.items()}
         if path := mask_path(pair, "class"):
@@ -175,7 +170,7 @@ def score(
         yield row
 
 
-def resume(file: Path, settings: dict, pairs: Sequence[Pair], batch_size: int) -> list[dict]:
+def resume(file: Path, settings: dict, total: int, batch_size: int) -> list[dict]:
     """The lines of an interrupted evaluation that are whole, by whole batches, which are then computed alike.
 
     The file is left with these alone, after a first line with the settings. ValueError: it is another evaluation's.
@@ -183,13 +178,11 @@ def resume(file: Path, settings: dict, pairs: Sequence[Pair], batch_size: int) -
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by a crash
     old, rows = json.loads(lines[0]) if lines else {}, [json.loads(line) for line in lines[1:]]
-    advice = f"give another --out, or delete {file.parent}"
     if rows and old != settings:
         changed = [f"{key} {old.get(key)}, not {value}" for key, value in settings.items() if old.get(key) != value]
+        advice = f"give another --out, or delete {file.parent}"
         raise ValueError(f"{file} is of an evaluation with other settings ({'; '.join(changed)}): {advice}")
-    if [row["file"] for row in rows] != [str(pair.eo) for pair in pairs[: len(rows)]]:
-        raise ValueError(f"{file} holds the scores of other images than there are now: {advice}")
-    if len(rows) < len(pairs):
+    if len(rows) < total:
         rows = rows[: len(rows) // batch_size * batch_size]
     with atomic(file) as temporary:
         temporary.write_text("".join([json.dumps(settings) + "\n", *lines[1 : 1 + len(rows)]]), encoding="utf-8")
@@ -313,21 +306,27 @@ def main(arguments: list[str] | None = None) -> int:
     work = of_folders(args) if args.images else of_model(args, device, out)
     lpips, inception = optional("lpips", load_lpips, device), optional("fid", load_inception, device)
 
-    about = {"device": device, "metrics": [*METRICS] + ["lpips"] * bool(lpips), "split": work.split} | work.about
-    settings = {key: value for key, value in vars(args).items() if key != "out"} | about
+    stats = [path.stat() for pair in work.pairs for path in pair[:2]]
+    files = seed_of(*work.pairs, *((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    about = {"device": device, "metrics": [*METRICS] + ["lpips"] * bool(lpips), "split": work.split, "files": files}
+    settings = {key: value for key, value in vars(args).items() if key != "out"} | about | work.about
     settings = json.loads(json.dumps(settings, default=str))  # as they are read again
     total, file = len(work.pairs), out / "scores.jsonl"
     with exclusive(out):
-        rows = resume(file, settings, work.pairs, args.batch_size)
+        if rows := resume(file, settings, total, args.batch_size):
+            print(f"{len(rows)} of {total} images are scored already")
         with file.open("a", encoding="utf-8") as log, tqdm(total=total, initial=len(rows), unit="image") as bar:
             for start in range(len(rows), total, args.batch_size):
                 numbers = range(start, min(start + args.batch_size, total))
                 pairs = [work.pairs[i] for i in numbers]
                 first, truth = stack(map(work.read, numbers))
                 batch = [{"file": str(pair.eo)} for pair in pairs]
-                for method, images in work.candidates(numbers, first, truth).items():
-                    for row, scores in zip(batch, score(images, truth, pairs, args.protocol, lpips)):
-                        row[method] = scores
+                try:
+                    for method, images in work.candidates(numbers, first, truth).items():
+                        for row, scores in zip(batch, score(images, truth, pairs, args.protocol, lpips)):
+                            row[method] = scores
+                except torch.OutOfMemoryError as error:
+                    raise ValueError("out of memory: try a smaller --batch-size") from error
                 log.write("".join(json.dumps(row) + "\n" for row in batch))
                 log.flush()
                 os.fsync(log.fileno())
