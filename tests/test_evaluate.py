@@ -19,7 +19,7 @@ import synth
 import yardsticks
 from cdiffset import CDiffSET, add_variance_channel, widen_input
 from data import Pair, find_pairs, split_pairs
-from images import grid, read_eo
+from images import grid, read_eo, read_sar
 from metrics import frechet_distance, psnr
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from sample import DEFAULT_SPACING, DEFAULT_STEPS
@@ -101,6 +101,15 @@ def test_a_split_of_another_dataset_is_refused(dataset, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps({"scenes": {"train": [], "test": ["elsewhere"]}}))
     with pytest.raises(ValueError, match="split.json does not fit"):
         evaluate.held_out_pairs(find_pairs(dataset).pairs, tmp_path / "model")
+
+
+def test_image_i_starts_from_the_noise_of_seed_plus_i_whatever_the_batch(dataset, model, tmp_path):
+    arguments = ["--data", str(dataset), "--model", str(model), "--steps", "2", "--seed", "7", "--batch-size", "4"]
+    files = [Path(image["file"]) for image in run(arguments, tmp_path)["images"]]
+    pair = next(pair for pair in find_pairs(dataset).pairs if pair.eo == files[5])
+    eo, _ = CDiffSET.from_pretrained(model).translate(read_sar(pair.sar)[None], steps=2, seed=7 + 5)
+    written = read_eo(tmp_path / "eo" / files[5].relative_to(dataset))
+    assert (written - eo[0]).abs().max() < 1.01 / 255
 
 
 # ----------------------------------------------------------------------------------------------------------
