@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cdiffset import CDiffSET
 from checkpoint import exclusive
 from data import PairDataset, orient, read_pair
+from unet import UNet
 from vae import AutoencoderKL
 from weights import read_json, write_json
 
@@ -45,17 +46,17 @@ class CachedLatents(Dataset):
         return z_sar, z_eo
 
 
-def vae_digest(vae: AutoencoderKL) -> str:
-    """What the latents of an image depend on: the VAE's layers, weights and scaling factor, in hexadecimal."""
-    digest = hashlib.sha256(repr(sorted(vae.config.items())).encode())
-    for name, tensor in vae.state_dict().items():
+def network_digest(network: AutoencoderKL | UNet) -> str:
+    """What a network's output depends on: its layers, weights and (of a VAE) scaling factor, in hexadecimal."""
+    digest = hashlib.sha256(repr(sorted(network.config.items())).encode())
+    for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
     """What the cached numbers depend on: the VAE, the files (name, length, time of change), the size."""
-    digest = hashlib.sha256(f"{vae_digest(model.vae)} {pairs.size}".encode())
+    digest = hashlib.sha256(f"{network_digest(model.vae)} {pairs.size}".encode())
     for pair in pairs.pairs:
         for path in (pair.sar, pair.eo):
             state = path.stat()

@@ -28,14 +28,15 @@ import synth
 from cdiffset import CDiffSET
 from cli import Parser, choose_device, positive, run
 from confidence import look_up_colours
-from data import evenly, find_pairs
-from evaluate import METRICS, held_out_pairs, sar_level
+from data import evenly, find_pairs, held_out_pairs
+from evaluate import METRICS
 from files import atomic
 from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
 from sample import load_model
 from study import ARMS, BATCH, Study, open_study, prediction_error, regress, score, train, translating
 from train import read_table
 from weights import write_json
+from yardsticks import sar_level
 
 LOOKS = (1, 2, 4, 8)
 CLEAN = 10_000  # looks: next to no speckle

@@ -33,12 +33,12 @@ import report
 import synth
 from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
 from cli import Parser, choose_device, positive, run
-from data import Pair, center_crop, describe, evenly, find_pairs, mask_path, read_pair, seed_of
-from evaluate import fit_colours, held_out_pairs, local_mean, sar_level
+from data import Pair, center_crop, describe, evenly, find_pairs, held_out_pairs, mask_path, read_pair, seed_of
 from images import confidence_picture, grid, to_uint8
 from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
 from sample import load_model
 from weights import write_json
+from yardsticks import FITTED_ON, fit_colours, local_mean, sar_level
 
 KINDS = {"only in SAR": 1, "only in EO": 2}  # values of the change masks
 UNCERTAINTY = "1 / confidence"
@@ -46,7 +46,6 @@ FILTERS = ("SAR mean", "SAR deviation", "gradient of generated", "gradient of EO
 ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the least certain pixels are dropped
 TIMESTEPS, DRAWS = (501, 801), 4  # at which real pairs are noised, and how often
 BANDS, BINS = 10, 20  # of the timesteps, of the predicted variance
-FITTED_ON = 400  # training pairs, for the colour look-up
 ROWS = 3  # of the examples
 
 # ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench import machine
+from cli import machine
 from files import atomic
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"

@@ -14,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cache import vae_digest
+from cache import network_digest
 from cdiffset import CDiffSET, add_variance_channel, widen_input
 from checkpoint import Settings, run_folder
 from confidence import noise_error, read_mask
 from data import Pair, PairDataset, evenly, find_pairs, mask_path, split_pairs
-from evaluate import METRICS, land_cover_agreement
+from evaluate import METRICS
 from images import to_uint8
 from loop import fit, precision
 from report import BLUE, GREEN, ORANGE, PURPLE
 from train import BANDS, dataset_name, objective
 from unet import UNet
 from weights import build, open_model
+from yardsticks import land_cover_agreement
 
 SAMPLING = {"steps": 10, "spacing": "trailing"}  # of what is scored, as in train.py's validation
 BATCH = 16  # images at a time, where nothing is trained
@@ -120,7 +121,7 @@ def train(name: str, seed: int, study: Study) -> CDiffSET:
     model.vae.requires_grad_(False)
     weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.unet.parameters()))
     about = {"data": study.data, "size": args.size, "arm": name}
-    about |= {"vae": vae_digest(model.vae), "first weights": weights.hexdigest()}
+    about |= {"vae": network_digest(model.vae), "first weights": weights.hexdigest()}
     settings = Settings(
         folder, args.train_steps, args.batch_size, args.lr, dtype=args.dtype, seed=seed, resume=True, keep=1,
         save_every=250, validate_every=max(1, args.train_steps // VALIDATIONS), about=about,

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cache import CachedLatents, build_cache, vae_digest
+from cache import CachedLatents, build_cache, network_digest
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, run_folder
 from cli import Parser, positive, run
@@ -182,7 +182,7 @@ def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[st
 
     Of the model only what is frozen counts, since the U-Net's weights come from the checkpoint.
     """
-    frozen = [vae_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
+    frozen = [network_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
     chosen = {key: getattr(args, key) for key in ("loss", "size", "no_flips", "validate_images", "validate_steps")}
     return chosen | {
         "data": dataset_name(found, args.data),
