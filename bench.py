@@ -14,7 +14,6 @@ anew in each training step. Weights are random, which changes no time. Written t
 
 import argparse
 import os
-import platform
 import re
 import resource
 import time
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, initial_noise, widen_input
 from checkpoint import Settings, State
-from cli import Parser, choose_device, positive, run
+from cli import Parser, choose_device, machine, positive, run
 from loop import add_gradients
 from metrics import psnr
 from sample import compile_unet, load_model
@@ -330,15 +329,6 @@ def make_sd21(folder: Path) -> None:
     widen_input(unet)
     add_variance_channel(unet)
     CDiffSET(AutoencoderKL(), unet, torch.randn(1, 6, 1024), DDPMScheduler()).save_pretrained(folder)
-
-
-def machine(device: str) -> str:
-    """The name of the GPU, or of the processor and its number of threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

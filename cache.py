@@ -2,6 +2,8 @@
 
     images of the training size -> all 8 flips and rotations -> VAE encoder -> float16 -> one memory-mapped file
 
+(Without flips, `train.py --no-flips`, one of them: an eighth of the time and of the disk.)
+
 A sample from the cache is the sample that `PairDataset` would have read and the model encoded, up to the rounding
 to float16. The cache is bound to the VAE, the files and the size by a fingerprint, and is resumed if interrupted.
 """
@@ -19,7 +21,8 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET
 from checkpoint import exclusive
-from data import PairDataset, draw_augmentation, orient, read_pair
+from data import PairDataset, orient, read_pair
+from unet import UNet
 from vae import AutoencoderKL
 from weights import read_json, write_json
 
@@ -37,24 +40,23 @@ class CachedLatents(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        size = self.pairs.size
-        _, _, orientation = draw_augmentation(size, size, size, self.pairs.generator(position))
+        _, _, orientation = self.pairs.augmentation(position, self.pairs.size, self.pairs.size)
         latents = np.memmap(self.file, np.float16, "r", shape=(len(self), *self.shape))  # nothing is read yet
         z_sar, z_eo = torch.from_numpy(latents[self.pairs.index(position), orientation].astype(np.float32))
         return z_sar, z_eo
 
 
-def vae_digest(vae: AutoencoderKL) -> str:
-    """What the latents of an image depend on: the VAE's layers, weights and scaling factor, in hexadecimal."""
-    digest = hashlib.sha256(repr(sorted(vae.config.items())).encode())
-    for name, tensor in vae.state_dict().items():
+def network_digest(network: AutoencoderKL | UNet) -> str:
+    """What a network's output depends on: its layers, weights and (of a VAE) scaling factor, in hexadecimal."""
+    digest = hashlib.sha256(repr(sorted(network.config.items())).encode())
+    for name, tensor in network.state_dict().items():
         digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
     """What the cached numbers depend on: the VAE, the files (name, length, time of change), the size."""
-    digest = hashlib.sha256(f"{vae_digest(model.vae)} {pairs.size}".encode())
+    digest = hashlib.sha256(f"{network_digest(model.vae)} {pairs.size}".encode())
     for pair in pairs.pairs:
         for path in (pair.sar, pair.eo):
             state = path.stat()
@@ -64,20 +66,21 @@ def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
 
 @torch.no_grad()
 def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
-    """Encodes what is not encoded yet into folder/latents.bin, a record a pair: float16 (8, 2, C, h, w).
+    """Encodes what is not encoded yet into folder/latents.bin, a record a pair: float16 (8 or 1, 2, C, h, w).
 
     The model runs on the device it is on. Raises ValueError if another process fills the folder, if it holds the
     cache of something else, if an image is not of the training size (random crops of larger ones cannot be
     cached), or if the disk is too small.
     """
     side = pairs.size // model.vae.factor
-    shape = (ORIENTATIONS, 2, model.vae.config["latent_channels"], side, side)
+    orientations = ORIENTATIONS if pairs.flips else 1
+    shape = (orientations, 2, model.vae.config["latent_channels"], side, side)
     about = {"fingerprint": fingerprint(model, pairs), "shape": list(shape)}
     file, manifest = folder / "latents.bin", folder / "cache.json"
     with exclusive(folder):
         if not (manifest.exists() and read_json(manifest) == about):
             if manifest.exists() and file.exists() and file.stat().st_size:
-                what = "the cache of another model, dataset, split (--seed) or --size"
+                what = "the cache of another model, dataset, split (--seed), --size or --no-flips"
                 raise ValueError(f"{folder} holds {what}: delete it, or name another folder")
             file.unlink(missing_ok=True)
             write_json(manifest, about)
@@ -96,7 +99,7 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
                         size = f"{images.shape[3]}x{images.shape[2]} pixels, not --size {pairs.size}"
                         advice = "train without --cache, or cut the images first"
                         raise ValueError(f"{pair.sar}: {size}; random crops cannot be cached: {advice}")
-                    turned = torch.cat([orient(images, i) for i in range(ORIENTATIONS)])
+                    turned = torch.cat([orient(images, i) for i in range(orientations)])
                     latents = model.encode(turned.to(model.prompt_embedding.device)).cpu().numpy().astype(np.float16)
                     output.write(latents.tobytes())
         except OSError as error:

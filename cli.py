@@ -1,9 +1,12 @@
-"""What every script does alike: one-line errors with exit code 2, clean stops, the choice of the device."""
+"""What every script does alike: one-line errors with exit code 2, clean stops, the choice of the device, its name."""
 
 import argparse
+import platform
+import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 # 128 + signal number, as shells report it
@@ -76,3 +79,14 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return name
+
+
+def machine(device: str) -> str:
+    """The name of the GPU, or of the processor and its number of threads."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"

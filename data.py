@@ -6,9 +6,10 @@ Order, crops and noise of a training are drawn from (seed, sample position) alon
 """
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from images import read_eo, read_raster, read_sar
 
 # ----------------------------------------------------------------------------------------------------------
 # Finding pairs
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 class Pair(NamedTuple):
@@ -103,6 +107,35 @@ def find_pairs(root: str | Path) -> Pairs:
     return Pairs(layout, pairs, [root / name for name in unpaired])
 
 
+def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
+    """(image, what it should be) of two folders and all below, paired by their paths without the ending, sorted.
+
+    ValueError: no images, or some without a partner.
+    """
+    found = []
+    for root in (images, truth):
+        names = (name for name in walk_files(root) if name.lower().endswith(SUFFIXES))
+        found.append(by_name((Path(root, name) for name in names), root))
+    made, true = found
+    if not made and not true:
+        raise ValueError(f"neither {str(images)!r} nor {str(truth)!r} holds PNG, JPEG or TIFF images")
+    if alone := [str((made | true)[name]) for name in sorted(made.keys() ^ true.keys())]:
+        listed = ", ".join(map(repr, alone[:3])) + ", ..." * (len(alone) > 3)
+        raise ValueError(f"{len(alone)} image(s) without one of the same name in the other folder: {listed}")
+    return [Pair(made[name], true[name], name, None) for name in sorted(made)]
+
+
+def by_name(paths: Iterable[Path], root: str | Path) -> dict[str, Path]:
+    """{path below the root without its ending: path}. ValueError: two have the same."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"{str(found[name])!r} and {str(path)!r} differ only in their endings: rename one of them")
+        found[name] = path
+    return found
+
+
 def walk_files(root: str | Path) -> list[str]:
     """The files below `root` but hidden ones, as POSIX paths relative to it.
 
@@ -144,7 +177,7 @@ def describe(found: Pairs, first: int = 3) -> list[str]:
 def mask_path(pair: Pair, kind: str) -> Path | None:
     """The "change" or "class" mask that synth.py writes beside a pair, or None."""
     folder, name = pair.eo.parent.name.replace("s2_", f"{kind}_"), pair.eo.name.replace("_s2_", f"_{kind}_")
-    path = pair.eo.parents[1] / folder / name
+    path = pair.eo.parent.parent / folder / name
     return path if path != pair.eo and path.is_file() else None
 
 
@@ -177,6 +210,21 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> 
     if not test:
         test.add(min(order[1:], key=sizes.__getitem__))
     return [p for p in pairs if p.scene not in test], [p for p in pairs if p.scene in test]
+
+
+def held_out_pairs(pairs: list[Pair], model: Path) -> tuple[list[Pair], list[Pair], str]:
+    """(training pairs, held-out pairs, where the split comes from). Raises ValueError if split.json does not fit."""
+    file = model.parent / "split.json"
+    if not file.is_file():
+        return *split_pairs(pairs), "the split of seed 0"
+    try:
+        test = set(json.loads(file.read_text(encoding="utf-8"))["scenes"]["test"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no split that train.py wrote ({error}): move it away to use seed 0") from error
+    sides = [p for p in pairs if p.scene not in test], [p for p in pairs if p.scene in test]
+    if not all(sides):
+        raise ValueError(f"{file} does not fit this dataset: it was made for another one; move it away to use seed 0")
+    return *sides, str(file)
 
 
 def evenly(pairs: Sequence[Pair], number: int) -> list[Pair]:
@@ -218,11 +266,9 @@ def orient(image: Tensor, orientation: int) -> Tensor:
     return image.rot90(orientation % 4, (-2, -1))
 
 
-def augment(sar: Tensor, eo: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two images (C, H, W) of one place -> (C, size, size), cropped, flipped and turned alike."""
-    top, left, orientation = draw_augmentation(*sar.shape[-2:], size, generator)
-    sar, eo = (orient(x[..., top : top + size, left : left + size], orientation) for x in (sar, eo))
-    return sar, eo
+def crop_and_orient(image: Tensor, size: int, top: int, left: int, orientation: int) -> Tensor:
+    """What `draw_augmentation` drew, done: (..., H, W) -> (..., size, size)."""
+    return orient(image[..., top : top + size, left : left + size], orientation)
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
@@ -238,9 +284,9 @@ def _check_crop(height: int, width: int, size: int):
         raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}")
 
 
-def read_pair(pair: Pair) -> tuple[Tensor, Tensor]:
-    """SAR and EO, float32 (3, H, W) in [-1, 1]. ValueError names the file that is wrong."""
-    sar, eo = read_sar(pair.sar), read_eo(pair.eo)
+def read_pair(pair: Pair, read: Callable[[Path], Tensor] = read_sar) -> tuple[Tensor, Tensor]:
+    """SAR (or what `read` reads) and EO, float32 (3, H, W) in [-1, 1]. ValueError names the file that is wrong."""
+    sar, eo = read(pair.sar), read_eo(pair.eo)
     if sar.shape != eo.shape:
         sizes = [f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pair.sar, sar), (pair.eo, eo))]
         raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: the images of a pair must have equal sizes")
@@ -253,12 +299,14 @@ class PairDataset(torch.utils.data.Dataset):
     Position p is entry p % n of the permutation of epoch p // n, augmented by a generator of its own. Both
     depend on the seed and these numbers alone, so that a resumed run, and any number of workers and ranks,
     see the same samples. With train=False, p is the pair's number, and the crop is central.
+    flips: whether images are flipped and turned, as in the paper. A radar looks to one side, where all shadows
+    fall and from which all houses lean: without flips, a network learns that side, and no other.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, train: bool = True):
+    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, train: bool = True, flips: bool = True):
         if not pairs:
             raise ValueError("there are no pairs to read")
-        self.pairs, self.size, self.seed, self.train = list(pairs), size, seed, train
+        self.pairs, self.size, self.seed, self.train, self.flips = list(pairs), size, seed, train, flips
         self.epoch, self.order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -279,9 +327,11 @@ class PairDataset(torch.utils.data.Dataset):
         """The files behind a position."""
         return self.pairs[self.index(position)]
 
-    def generator(self, position: int) -> torch.Generator:
-        """The generator that draws the augmentation at a position."""
-        return torch.Generator().manual_seed(seed_of(self.seed, "sample", position))
+    def augmentation(self, position: int, height: int, width: int) -> tuple[int, int, int]:
+        """Top and left of the crop at a position, from an image of this size, and its orientation."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "sample", position))
+        top, left, orientation = draw_augmentation(height, width, self.size, generator)
+        return top, left, orientation if self.flips else 0
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         """SAR and EO, float32 (3, size, size) in [-1, 1]. ValueError names the file that is wrong."""
@@ -290,7 +340,8 @@ class PairDataset(torch.utils.data.Dataset):
         try:
             if not self.train:
                 return center_crop(sar, self.size), center_crop(eo, self.size)
-            return augment(sar, eo, self.size, self.generator(position))
+            top, left, orientation = self.augmentation(position, *sar.shape[-2:])
+            return tuple(crop_and_orient(image, self.size, top, left, orientation) for image in (sar, eo))
         except ValueError as error:
             raise ValueError(f"{str(pair.sar)!r}: {error}") from None
 

@@ -1,8 +1,12 @@
-"""Scores translations of the held-out pairs of a dataset, beside what simple means achieve.
+"""Scores translations of the held-out pairs of a dataset, beside what simple means achieve; or any two folders.
 
-    python evaluate.py --data sen12/ --model runs/mine/model
+    python evaluate.py --data sen12/ --model runs/mine/model            translates the held-out pairs, and scores them
+    python evaluate.py --data sen12/ --model ... --protocol paper       the same as the published numbers were made
+    python evaluate.py --images made/ --truth eo/                       scores any other method's images
 
-PSNR, SSIM and SCC as in torchmetrics, on images in [0, 1], for the model and for three yardsticks:
+PSNR, SSIM and SCC as in torchmetrics; LPIPS (VGG) and FID (2048 features) where lpips and pytorch-fid and their
+weights are installed. FID is of the translations alone; it says little about fewer than some thousand images. A model
+stands beside three yardsticks:
 
     mean image      every pixel is the training set's mean colour
     colour look-up  each pixel gets the mean colour of the training pixels with its local 7x7 SAR level
@@ -11,173 +15,334 @@ PSNR, SSIM and SCC as in torchmetrics, on images in [0, 1], for the model and fo
 Where the dataset has class maps (synth.py's have), also how much land cover the image shows as it is: the share of
 pixels, outside the classes that SAR cannot tell, whose nearest class colour is that of the true class.
 
+Protocols: "standard" scores all held-out pairs on images in [0, 1] (LPIPS: [-1, 1], as it expects). "paper" does what
+the released code does: images x in [-1, 1] become clamp(x + 0.5, 0, 1), which clips the darkest and the brightest
+quarter of the range, for LPIPS too; the first 100 held-out pairs, one at a time, 50 leading steps. It sets
+--limit, --batch-size, --steps and --spacing; other values for them are refused.
+
 Which pairs are held out is read from split.json beside the model's folder, where train.py leaves it; without one,
-it is the split of seed 0. Written to --out: metrics.json (each image too) and contact_sheet.png.
+it is the split of seed 0. In two folders, images are paired by their paths without the ending.
+
+Written to --out: metrics.json (each image too), contact_sheet.png, eo/ and confidence/ (the translations), and
+scores.jsonl, a line an image as they are made: the same command goes on where an interrupted one stopped.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import synth
-from cli import Parser, choose_device, positive, run
-from data import Pair, PairDataset, describe, evenly, find_pairs, mask_path, read_pair, split_pairs
-from images import confidence_picture, grid, save_image, to_uint8
-from metrics import psnr, scc, ssim
-from sample import load_model
+from cache import network_digest
+from cdiffset import pad_to_multiple
+from checkpoint import exclusive
+from cli import Parser, choose_device, machine, positive, run
+from data import (
+    Pair,
+    PairDataset,
+    by_name,
+    center_crop,
+    describe,
+    evenly,
+    find_pairs,
+    held_out_pairs,
+    mask_path,
+    pair_folders,
+    read_pair,
+    seed_of,
+)
+from files import atomic
+from images import confidence_picture, grid, read_eo, save_image, to_uint8
+from metrics import frechet_distance, load_inception, load_lpips, psnr, scc, ssim, what_is_missing
+from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from weights import write_json
+from yardsticks import FITTED_ON, fit_colours, land_cover_agreement, sar_level
 
-METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}
-LEVELS = 64  # of the colour look-up
-FITTED_ON = 400  # training pairs that the two fitted yardsticks look at
+METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
+STANDARD = {"limit": None, "batch_size": 8, "steps": DEFAULT_STEPS, "spacing": DEFAULT_SPACING}
+PAPER = {"limit": 100, "batch_size": 1, "steps": 50, "spacing": "leading"}
+OF_MODELS = ("data", "model", "unet", "steps", "spacing", "seed", "size")  # options without meaning for two folders
 
 
-def held_out_pairs(pairs: list[Pair], model: Path) -> tuple[list[Pair], list[Pair], str]:
-    """(training pairs, held-out pairs, where the split comes from). Raises ValueError if split.json does not fit."""
-    file = model.parent / "split.json"
-    if not file.exists():
-        return *split_pairs(pairs), "the split of seed 0"
-    test = set(json.loads(file.read_text())["scenes"]["test"])
-    sides = [p for p in pairs if p.scene not in test], [p for p in pairs if p.scene in test]
-    if not all(sides):
-        raise ValueError(f"{file} does not fit this dataset: it was made for another one; move it away to use seed 0")
-    return *sides, str(file)
+class Work(NamedTuple):
+    """What is to be scored: of a model's translations, or of the images in a folder."""
+
+    pairs: list[Pair]  # (SAR, EO), or (image, truth)
+    made: list[Path]  # the image files that are scored; those of a model are written by `candidates`
+    read: Callable[[int], tuple[Tensor, Tensor]]  # a pair's number -> its two images, each (3, H, W) in [-1, 1]
+    candidates: Callable[[range, Tensor, Tensor], dict[str, Tensor]]  # numbers, both images -> by method; scored: last
+    about: dict[str, str | dict]  # what the result depends on, beside the options
+    split: str  # in words
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Yardsticks
+# What is scored
 
 
-def local_mean(image: Tensor, size: int = 7) -> Tensor:
-    """Mean of each pixel's neighbourhood, over the channels too: (B, 3, H, W) -> (B, H, W)."""
-    padded = F.pad(image.mean(dim=1, keepdim=True), [size // 2] * 4, mode="reflect")
-    return F.avg_pool2d(padded, size, stride=1)[:, 0]
+def chosen(pairs: list[Pair], args: argparse.Namespace) -> list[Pair]:
+    """--limit pairs: the first ones in the paper's protocol, else spread over all."""
+    return pairs[: args.limit] if args.protocol == "paper" else evenly(pairs, args.limit or len(pairs))
 
 
-def sar_level(sar: Tensor) -> Tensor:
-    """SAR images (B, 3, H, W) in [-1, 1] -> (B, H, W) int64 in 0..LEVELS - 1, the local mean in equal steps."""
-    return ((local_mean(sar) + 1) / 2 * LEVELS).long().clamp(0, LEVELS - 1)
+def of_model(args: argparse.Namespace, device: str, out: Path) -> Work:
+    """The held-out pairs of a dataset, translated; what is made is written below `out`."""
+    model = load_model(args.model, args.unet, "float32", device)
+    found = find_pairs(args.data)
+    train, test, split = held_out_pairs(found.pairs, args.model)
+    test = chosen(test, args)
+    print("\n".join([*describe(found), f"{len(test)} of the held-out pairs, by {split}"]))
+    cut = PairDataset(test, args.size, train=False) if args.size else None
+    mean, colours = fit_colours(read_pair(pair) for pair in evenly(train, FITTED_ON))
+    names = list(by_name((pair.eo for pair in test), args.data))
+
+    def read(i: int) -> tuple[Tensor, Tensor]:
+        return cut[i] if cut else read_pair(test[i])
+
+    @torch.inference_mode()
+    def candidates(numbers: range, sar: Tensor, eo: Tensor) -> dict[str, Tensor]:
+        """All methods' images; the model's are written to eo/ and confidence/ first."""
+        made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
+        for j, i in enumerate(numbers):
+            save(out / "eo" / f"{names[i]}.png", made[j])
+            if confidence is not None:
+                save(out / "confidence" / f"{names[i]}.png", confidence_picture(confidence[j]))
+        decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit).to(device))).float().clamp(-1, 1)
+        return {
+            "mean image": mean[:, None, None].expand_as(eo),
+            "colour look-up": colours[sar_level(sar)].movedim(-1, 1),
+            "VAE": decoded[:, :, : eo.shape[2], : eo.shape[3]].cpu(),
+            "model": made.cpu(),
+        }
+
+    weights = " ".join(network_digest(network)[:16] for network in (model.vae, model.unet))
+    about = {"weights": weights, "schedule": model.scheduler.config}
+    return Work(test, [out / "eo" / f"{name}.png" for name in names], read, candidates, about, split)
 
 
-def fit_colours(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean EO colour of all pixels, (3,), and of those at each SAR level, (LEVELS, 3); empty levels: of all."""
-    total, number = torch.zeros(LEVELS, 3, dtype=torch.float64), torch.zeros(LEVELS, 1, dtype=torch.float64)
-    for sar, eo in pairs:
-        level = sar_level(sar[None])[0].flatten()
-        total.index_add_(0, level, eo.flatten(1).T.double())
-        number.index_add_(0, level, torch.ones(len(level), 1, dtype=torch.float64))
-    mean = total.sum(dim=0) / number.sum()
-    return mean.float(), torch.where(number > 0, total / number.clamp(min=1), mean).float()
+def save(path: Path, image: Tensor | np.ndarray) -> None:
+    """Writes a picture, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(path, image)
 
 
-def land_cover_agreement(eo: np.ndarray, classes: np.ndarray) -> float:
-    """Share of pixels whose nearest class colour is the true class's; roofs, of any colour, are left out.
+def of_folders(args: argparse.Namespace) -> Work:
+    """The images in a folder, and what they should be."""
+    pairs = chosen(pair_folders(args.images, args.truth), args)
 
-    eo uint8 (H, W, 3), classes uint8 (H, W), synth.py's class map.
-    """
-    distance = np.square(eo[:, :, None].astype(np.float32) - synth.COLOURS).sum(axis=-1)
-    known = ~np.isin(classes, synth.AMBIGUOUS)
-    return float((distance.argmin(axis=-1) == classes)[known].mean())
+    def read(i: int) -> tuple[Tensor, Tensor]:
+        return read_pair(pairs[i], read_eo)
+
+    made = [pair.sar for pair in pairs]
+    return Work(pairs, made, read, lambda _, image, true: {"images": image}, {}, "all there are")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def score(images: Tensor, truth: Tensor, pairs: list[Pair]) -> Iterator[dict[str, float]]:
+def score(
+    images: Tensor, truth: Tensor, pairs: Sequence[Pair], protocol: str = "standard", lpips: Callable | None = None
+) -> Iterator[dict[str, float]]:
     """The metrics of each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries."""
-    columns = {name: metric(images / 2 + 0.5, truth / 2 + 0.5).tolist() for name, metric in METRICS.items()}
+    paper = protocol == "paper"  # the value range of the released code, for LPIPS too
+    unit = [(x + 0.5).clamp(0, 1) if paper else x / 2 + 0.5 for x in (images, truth)]
+    columns = {name: metric(*unit).tolist() for name, metric in METRICS.items()}
+    if lpips:
+        columns["lpips"] = lpips(*(unit if paper else (images, truth))).tolist()
     for i, pair in enumerate(pairs):
         row = {name: values[i] for name, values in columns.items()}
         if path := mask_path(pair, "class"):
             with Image.open(path) as classes:
-                row["land_cover"] = land_cover_agreement(to_uint8(images[i]), np.asarray(classes))
+                known = np.asarray(classes)
+            if known.shape != images.shape[2:]:
+                known = center_crop(known, images.shape[3])
+            row["land_cover"] = land_cover_agreement(to_uint8(images[i]), known)
         yield row
 
 
-def table(methods: dict[str, list[dict[str, float]]]) -> str:
-    """Means over the images, a line a method."""
-    names = list(next(iter(methods.values()))[0])
+def resume(file: Path, settings: dict, total: int, batch_size: int) -> list[dict]:
+    """The lines of an interrupted evaluation that are whole, by whole batches, which are then computed alike.
+
+    The file is left with these alone, after a first line with the settings. ValueError: it is another evaluation's.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by a crash
+    old, rows = json.loads(lines[0]) if lines else {}, [json.loads(line) for line in lines[1:]]
+    if rows and old != settings:
+        changed = [f"{key} {old.get(key)}, not {value}" for key, value in settings.items() if old.get(key) != value]
+        advice = f"give another --out, or delete {file.parent}"
+        raise ValueError(f"{file} is of an evaluation with other settings ({'; '.join(changed)}): {advice}")
+    if len(rows) < total:
+        rows = rows[: len(rows) // batch_size * batch_size]
+    with atomic(file) as temporary:
+        temporary.write_text("".join([json.dumps(settings) + "\n", *lines[1 : 1 + len(rows)]]), encoding="utf-8")
+    return rows
+
+
+def stack(images: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """[(A, B), ...] -> the batch of As and the batch of Bs. Raises ValueError if the images have several sizes."""
+    columns = list(zip(*images))
+    if len({image.shape for column in columns for image in column}) > 1:
+        raise ValueError("the images have several sizes: cut them with --size, or score them with --batch-size 1")
+    return [torch.stack(column) for column in columns]
+
+
+def table(methods: dict[str, dict[str, float]]) -> str:
+    """The means, a line a method; "-" where a metric is not of a method."""
+    names = list(dict.fromkeys(name for row in methods.values() for name in row))
     lines = [f"{'':16}" + "".join(f"{name:>12}" for name in names)]
-    for method, rows in methods.items():
-        lines.append(f"{method:16}" + "".join(f"{np.mean([row[name] for row in rows]):12.4f}" for name in names))
+    for method, row in methods.items():
+        cells = (f"{row[name]:12.4f}" if name in row else f"{'-':>12}" for name in names)
+        lines.append(f"{method:16}" + "".join(cells))
     return "\n".join(lines)
 
 
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric, over the images that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def fid(inception: Callable[[Tensor], np.ndarray], work: Work, batch_size: int) -> float:
+    """FID of the image files that were made, as 8-bit pictures, whatever the protocol."""
+    features = [], []
+    for start in tqdm(range(0, len(work.pairs), batch_size), unit="batch", desc="FID"):
+        numbers = range(start, min(start + batch_size, len(work.pairs)))
+        for kind, images in zip(features, stack((read_eo(work.made[i]), work.read(i)[1]) for i in numbers)):
+            kind.append(inception(images / 2 + 0.5))
+    return frechet_distance(*map(np.concatenate, features))
+
+
+def contact_sheet(work: Work, psnrs: list[float], out: Path) -> None:
+    """The three best, middle and worst images by PSNR, beside what they should be."""
+    order = np.argsort([-value for value in psnrs], kind="stable")
+    middle, rows = len(order) // 2, []
+    for i in [*order[:3], *order[middle - 1 : middle + 2], *order[-3:]] if len(order) >= 9 else order:
+        first, truth = work.read(i)
+        row = {"EO": to_uint8(truth), "generated": to_uint8(read_eo(work.made[i]))}
+        if work.made[i].is_relative_to(out / "eo"):  # a model's
+            row = {"SAR": to_uint8(first)} | row
+            confidence = out / "confidence" / work.made[i].relative_to(out / "eo")
+            if confidence.exists():
+                row["confidence"] = to_uint8(read_eo(confidence))
+        rows.append(row)
+    height, width = (min(row["EO"].shape[axis] for row in rows) for axis in (0, 1))
+    pictures = [[picture[:height, :width] for picture in row.values()] for row in rows]
+    save_image(out / "contact_sheet.png", grid(pictures, list(rows[0])))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The program
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The command line, with what the protocol sets filled in."""
     # fmt: off
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="a dataset in any layout that train.py knows")
-    add("--model", required=True, type=Path, metavar="PATH", help="a C-DiffSET model folder")
+    add("--data", metavar="DIR", help="a dataset in any layout that train.py knows")
+    add("--model", type=Path, metavar="PATH", help="a C-DiffSET model folder")
     add("--unet", metavar="FILE", help="safetensors file whose U-Net replaces that of --model")
-    add("--out", type=Path, metavar="DIR", help="where to write (default: results/ and the name of the model)")
+    add("--images", type=Path, metavar="DIR", help="score the images in this folder and below, of any other method")
+    add("--truth", type=Path, metavar="DIR", help="and these are what they should be")
+    add("--out", type=Path, metavar="DIR", help="where to write (default: results/ and the name of what is scored)")
+    add("--protocol", choices=("standard", "paper"), default="standard", help="see above (default: %(default)s)")
     add("--size", type=positive, help="side of the central crop (default: the images as they are)")
-    add("--limit", type=positive, metavar="N", help="score N held-out pairs, evenly chosen (default: all)")
-    add("--steps", type=positive, default=50, help="denoising steps (default: %(default)s, as in the paper)")
-    add("--spacing", choices=("leading", "trailing"), default="leading", help="of the steps (default: %(default)s)")
-    add("--seed", type=int, default=0, help="image i starts from the noise of seed + i (default: %(default)s)")
-    add("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
+    add("--limit", type=positive, metavar="N", help="score N pairs, evenly chosen (default: all)")
+    add("--steps", type=positive, help=f"denoising steps (default: {DEFAULT_STEPS})")
+    add("--spacing", choices=("leading", "trailing"), help=f"of the steps (default: {DEFAULT_SPACING})")
+    add("--seed", type=int, help="image i starts from the noise of seed + i (default: 0)")
+    add("--batch-size", type=positive, metavar="N", help=f"images at a time (default: {STANDARD['batch_size']})")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     # fmt: on
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.images or args.truth:
+        if unused := [f"--{name}" for name in OF_MODELS if getattr(args, name) is not None]:
+            parser.error(f"{unused[0]} has no meaning for two folders of images")
+        if not (args.images and args.truth):
+            parser.error("two folders are needed: --images, and --truth, what they should be")
+    elif not (args.data and args.model):
+        parser.error("give --data and --model, or two folders of images with --images and --truth")
+    for name, value in (PAPER if args.protocol == "paper" else STANDARD).items():
+        given, option = getattr(args, name), "--" + name.replace("_", "-")
+        if args.protocol == "paper" and given not in (None, value):
+            parser.error(f"{option} {given}: --protocol paper has {value}; leave one of the two out")
+        if given is None and not (args.images and name in OF_MODELS):
+            setattr(args, name, value)
+    if args.model and args.seed is None:
+        args.seed = 0
+    return args
+
+
+def default_out(args: argparse.Namespace) -> Path:
+    """results/NAME: of the run for runs/NAME/model, else of the model or folder; NAME-paper for that protocol."""
+    scored = (args.images or args.model).resolve()
+    name = scored.parent.name if scored.name == "model" else scored.stem
+    return Path("results") / (name + "-paper" * (args.protocol == "paper"))
+
+
+def optional(metric: str, load: Callable, device: str) -> Callable | None:
+    """A metric of another package, or None after a line about what is missing."""
+    if missing := what_is_missing(metric):
+        print(f"no {metric.upper()}: {missing}")
+        return None
+    return load(device)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Scores; returns the exit code."""
     args = parse(arguments)
-    device = choose_device(args.device)
-    model = load_model(args.model, args.unet, "float32", device)
-    found = find_pairs(args.data)
-    train, test, split = held_out_pairs(found.pairs, args.model)
-    test = evenly(test, args.limit or len(test))
-    print("\n".join(describe(found)))
-    print(f"{len(test)} of the held-out pairs, by {split}")
+    device, out = choose_device(args.device), args.out or default_out(args)
+    work = of_folders(args) if args.images else of_model(args, device, out)
+    lpips, inception = optional("lpips", load_lpips, device), optional("fid", load_inception, device)
 
-    crop = PairDataset(test, args.size, train=False) if args.size else [read_pair(pair) for pair in test]
-    mean, colours = fit_colours(read_pair(pair) for pair in train[:: max(1, len(train) // FITTED_ON)])
-    methods: dict[str, list] = {"mean image": [], "colour look-up": [], "VAE": [], "model": []}
+    stats = [path.stat() for pair in work.pairs for path in pair[:2]]
+    files = seed_of(*work.pairs, *((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    about = {"device": device, "metrics": [*METRICS] + ["lpips"] * bool(lpips), "split": work.split, "files": files}
+    settings = {key: value for key, value in vars(args).items() if key != "out"} | about | work.about
+    settings = json.loads(json.dumps(settings, default=str))  # as they are read again
+    total, file = len(work.pairs), out / "scores.jsonl"
+    with exclusive(out):
+        if rows := resume(file, settings, total, args.batch_size):
+            print(f"{len(rows)} of {total} images are scored already")
+        with file.open("a", encoding="utf-8") as log, tqdm(total=total, initial=len(rows), unit="image") as bar:
+            for start in range(len(rows), total, args.batch_size):
+                numbers = range(start, min(start + args.batch_size, total))
+                pairs = [work.pairs[i] for i in numbers]
+                first, truth = stack(map(work.read, numbers))
+                batch = [{"file": str(pair.eo)} for pair in pairs]
+                try:
+                    for method, images in work.candidates(numbers, first, truth).items():
+                        for row, scores in zip(batch, score(images, truth, pairs, args.protocol, lpips)):
+                            row[method] = scores
+                except torch.OutOfMemoryError as error:
+                    raise ValueError("out of memory: try a smaller --batch-size") from error
+                log.write("".join(json.dumps(row) + "\n" for row in batch))
+                log.flush()
+                os.fsync(log.fileno())
+                rows += batch
+                bar.update(len(batch))
 
-    def translate(numbers: Iterable[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        sar, eo = (torch.stack(images) for images in zip(*(crop[i] for i in numbers)))
-        made, confidence = model.translate(sar.to(device), args.steps, [args.seed + i for i in numbers], args.spacing)
-        return sar, eo, made.cpu(), confidence
-
-    for start in tqdm(range(0, len(test), args.batch_size), unit="batch", desc="scoring"):
-        numbers = range(start, min(start + args.batch_size, len(test)))
-        sar, eo, made, _ = translate(numbers)
-        with torch.inference_mode():
-            ceiling = model.decode(model.encode(eo.to(device))).clamp(-1, 1)
-        candidates = [mean[:, None, None].expand_as(eo), colours[sar_level(sar)].movedim(-1, 1), ceiling, made]
-        for rows, images in zip(methods.values(), candidates):
-            rows.extend(score(images.float().cpu(), eo, [test[i] for i in numbers]))
-
-    print(table(methods))
-    out = args.out or Path("results") / args.model.resolve().name
-    order = np.argsort([-row["psnr"] for row in methods["model"]])
-    middle = len(order) // 2
-    shown = [*order[:3], *order[middle : middle + 3], *order[-3:]] if len(order) >= 9 else order
-    pictures = []
-    for i in shown:  # made again rather than kept: a test set may have 50,000 images
-        *images, confidence = translate([int(i)])
-        pictures.append([to_uint8(image[0]) for image in images])
-        if confidence is not None:
-            pictures[-1].append(confidence_picture(confidence[0]))
-    titles = ["SAR", "EO", "generated", "confidence"][: len(pictures[0])]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    means = {m: {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} for m, rows in methods.items()}
-    images = [{"file": str(pair.eo), **row} for pair, row in zip(test, methods["model"])]
-    write_json(out / "metrics.json", {"settings": settings, "split": split, "mean": means, "images": images})
-    save_image(out / "contact_sheet.png", grid(pictures, titles))
+        _, *methods = rows[0]
+        scored = methods[-1]
+        mean = {method: means([row[method] for row in rows]) for method in methods}
+        if inception and total > 1:
+            mean[scored]["fid"] = fid(inception, work, args.batch_size)
+        how = "x / 2 + 0.5" if args.protocol == "standard" else "clamp(x + 0.5, 0, 1), as the published numbers"
+        print(f"protocol {args.protocol}: {total} images, compared as {how}\n{table(mean)}")
+        result = {"protocol": args.protocol, "mean": mean, "settings": settings, "date": str(date.today())}
+        result |= {"machine": f"{machine(device)}, {platform.platform()}", "torch": torch.__version__}
+        write_json(out / "metrics.json", result | {"images": [{"file": row["file"], **row[scored]} for row in rows]})
+        contact_sheet(work, [row[scored]["psnr"] for row in rows], out)
     print(f"wrote {out}/metrics.json and contact_sheet.png (the three best, middle and worst by PSNR)")
     return 0
 

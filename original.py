@@ -150,6 +150,7 @@ def unet_config(unet: Tensors) -> dict:
 
 
 def vae_config(vae: Tensors) -> dict:
+    """As many latent channels and levels as there are weights; the rest is as in every Stable Diffusion."""
     levels = range(count(vae, "encoder.down_blocks"))
     return {
         "latent_channels": vae["decoder.conv_in.weight"].shape[1],

@@ -40,17 +40,17 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
 from cli import Parser, choose_device, one_line, out_of_memory, positive, run
-from data import walk_files
+from data import SUFFIXES, walk_files
 from images import to_uint8
 from scene import check_tile, count_tiles, translate_scene
 from scene_files import Source, contact_sheet, write_geotiffs, write_pictures
 
 TINY = Path(__file__).resolve().parent / "models" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 KINDS = ("eo", "confidence", "spread")  # results are called NAME_eo.png, ...
 EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)  # may go wrong with a file; others are bugs
 SHEET_ROWS = 8
+DEFAULT_STEPS, DEFAULT_SPACING = 50, "leading"  # the paper's; evaluate.py's too
 
 # Parts of an image at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
 Parts = Iterable[tuple[int, int, Tensor, Tensor | None]]
@@ -232,9 +232,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"picture of the first {SHEET_ROWS} images beside their results")
 
     add = parser.add_argument_group("how").add_argument
-    add("--steps", type=positive, default=50, help="denoising steps (default: %(default)s, as in the paper)")
-    add("--spacing", choices=("leading", "trailing"), default="leading",
-        help="of the timesteps; trailing is better for few steps (default: %(default)s, as in the paper)")
+    add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s; the paper: 50)")
+    add("--spacing", choices=("leading", "trailing"), default=DEFAULT_SPACING,
+        help="of the timesteps; trailing is better for few steps (default: %(default)s; the paper: leading)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--samples", type=positive, default=1, metavar="N",
         help="translate N times, with the seeds SEED .. SEED + N - 1, and write one result and the spread (default: 1)")

@@ -84,6 +84,7 @@ class Source:
         return sar_image(self.window(top, bottom, left, right), self.limits)
 
     def close(self) -> None:
+        """Lets go of the file and of what was read."""
         self.raster = None
         if self.dataset is not None:
             self.dataset.close()

@@ -31,6 +31,7 @@ class File:
         self.open()
 
     def open(self) -> None:
+        """Maps the file (anew); nothing is read yet."""
         self.safetensors, self.mapped = safe_open(self.path, framework="pt"), 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cache import CachedLatents, build_cache, vae_digest
+from cache import CachedLatents, build_cache, network_digest
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, run_folder
 from cli import Parser, positive, run
@@ -146,6 +146,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=positive, default=1, metavar="N",
         help="compute each batch in N parts, for less memory (default: %(default)s)")
     add("--size", type=positive, default=256, help="side of the crops in pixels (default: %(default)s)")
+    add("--no-flips", action="store_true",
+        help="crop, but do not flip and turn: for images that one radar took looking to one side (default: flip)")
     add("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s, as in the paper)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--ema", type=float, default=0.0, metavar="DECAY",
@@ -180,8 +182,8 @@ def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[st
 
     Of the model only what is frozen counts, since the U-Net's weights come from the checkpoint.
     """
-    frozen = [vae_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
-    chosen = {key: getattr(args, key) for key in ("loss", "size", "validate_images", "validate_steps")}
+    frozen = [network_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
+    chosen = {key: getattr(args, key) for key in ("loss", "size", "no_flips", "validate_images", "validate_steps")}
     return chosen | {
         "data": dataset_name(found, args.data),
         "model": f"{seed_of(frozen):016x}",
@@ -204,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     found = find_pairs(args.data)
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
-    train = PairDataset(train_pairs, args.size, args.seed)
+    train = PairDataset(train_pairs, args.size, args.seed, flips=not args.no_flips)
     held_out = PairDataset(evenly(test_pairs, args.validate_images), args.size, train=False)
     if rank() == 0:
         print("\n".join(describe(found)))

@@ -1,4 +1,4 @@
-"""What the tests of the training share: a small dataset, a small model to start from, processes to be killed."""
+"""What tests share: a small dataset, a small model to start from, processes to be killed, packages to be found."""
 
 import multiprocessing
 import os
@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 import torch._dynamo  # which an optimizer's first step imports: here, so that not every process takes the seconds
 from safetensors.torch import load_file
+from torch import nn
 
 import cli
 from cdiffset import CDiffSET
+from metrics import PACKAGES
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
 from synth import write_dataset
@@ -137,3 +140,52 @@ def assert_same_tensors(folder: Path, other: Path) -> None:
     assert ours and ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stand-ins for packages that need not be installed, with their interfaces
+
+
+class LPIPS(nn.Module):
+    """lpips 0.1.4's: the distance here is the mean absolute difference."""
+
+    seen = []
+
+    def __init__(self, net: str = "alex", verbose: bool = True):
+        super().__init__()
+        assert net == "vgg" and not verbose
+
+    def forward(self, in0: torch.Tensor, in1: torch.Tensor) -> torch.Tensor:
+        self.seen.append((in0, in1))
+        return (in0 - in1).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+class InceptionV3(nn.Module):
+    """pytorch-fid 0.3.0's: the features here are the mean colours."""
+
+    BLOCK_INDEX_BY_DIM = {64: 0, 192: 1, 768: 2, 2048: 3}
+
+    def __init__(self, output_blocks: list[int]):
+        super().__init__()
+        assert output_blocks == [3]
+
+    def forward(self, inp: torch.Tensor) -> list[torch.Tensor]:
+        assert not self.training and inp.min() >= 0 and inp.max() <= 1
+        return [inp.mean(dim=(2, 3), keepdim=True)]
+
+
+@pytest.fixture()
+def packages(monkeypatch, tmp_path):
+    """Stand-ins for lpips and pytorch-fid with their weights, which are empty files: -> the folder of these."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(LPIPS, "seen", [])
+    for name, attribute in (("lpips", LPIPS), ("pytorch_fid", None), ("pytorch_fid.inception", InceptionV3)):
+        module = types.ModuleType(name)
+        if attribute:
+            setattr(module, attribute.__name__, attribute)
+        monkeypatch.setitem(sys.modules, name, module)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for _, url in PACKAGES.values():
+        (folder / Path(url).name).touch()
+    return folder

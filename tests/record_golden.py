@@ -1,4 +1,5 @@
-"""Records what diffusers and transformers compute on small random networks, for tests without them.
+"""Records what diffusers and transformers compute on small random networks, and torchmetrics of images, for tests
+without them.
 
     python tests/record_golden.py        writes tests/golden/*.safetensors (a few 100 KB)
 
@@ -338,6 +339,36 @@ def scheduler_results(make_ddpm, make_ddim, seed: int) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def metric_images(height: int = 40, width: int = 33) -> tuple[Tensor, Tensor]:
+    """Smooth pictures with noise that grows and a saturated corner, and their truths, (3, 3, H, W) in [0, 1].
+
+    By formula, so that the recorded numbers stay true. Rounded to 8 bits, as pictures are.
+    """
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    phase = torch.arange(9.0).reshape(3, 3, 1, 1)
+    truth = 0.5 + 0.4 * torch.sin(6 * x + 9 * y * y + phase) + (x + y > 1.6)
+    strength = torch.tensor([0.02, 0.1, 0.3]).reshape(3, 1, 1, 1)
+    image = truth + strength * torch.cos(91 * x * y + 53 * x + 7 * phase)
+    image, truth = ((255 * picture.clamp(0, 1)).round() / 255 for picture in (image, truth))
+    return image, truth
+
+
+def reference_metrics(image: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """torchmetrics' PSNR, SSIM and SCC, each (B,), of one image at a time."""
+    from torchmetrics.functional import image as reference
+
+    pairs = list(zip(image.split(1), truth.split(1)))
+    return {
+        "psnr": torch.stack([reference.peak_signal_noise_ratio(*pair, data_range=1.0) for pair in pairs]),
+        "ssim": torch.stack([reference.structural_similarity_index_measure(*pair, data_range=1.0) for pair in pairs]),
+        "scc": torch.stack([reference.spatial_correlation_coefficient(*pair) for pair in pairs]),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -347,6 +378,7 @@ def main() -> None:
         x = inputs(name, seed=0)
         save(name, {**x, **reference_outputs(name, model, x), "norms": norms(model)})
     save("schedulers", scheduler_results(reference_ddpm, reference_ddim, seed=0))
+    save("metrics", reference_metrics(*metric_images()))
 
 
 def save(name: str, tensors: dict[str, Tensor]) -> None:

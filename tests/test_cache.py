@@ -12,7 +12,7 @@ from conftest import run, run_with_kills, write_base
 import cache
 from cache import CachedLatents, build_cache
 from cdiffset import CDiffSET
-from data import PairDataset, draw_augmentation, find_pairs
+from data import PairDataset, find_pairs
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,19 @@ def test_a_cached_sample_is_the_sample_encoded_in_every_orientation(model, pairs
         cached = torch.stack(latents[position])
         assert cached.dtype == torch.float32 and cached.shape == (2, 4, 16, 16)
         torch.testing.assert_close(cached, encoded, rtol=2**-10, atol=1e-5)
-        orientations.add(draw_augmentation(64, 64, 64, pairs.generator(position))[2])
+        orientations.add(pairs.augmentation(position, 64, 64)[2])
     assert orientations == set(range(8))
+
+
+@torch.no_grad()
+def test_without_flips_the_cache_holds_one_orientation(model, pairs, tmp_path):
+    upright = PairDataset(pairs.pairs, 64, flips=False)
+    build_cache(model, upright, tmp_path)
+    assert (tmp_path / "latents.bin").stat().st_size == len(pairs) * 2 * 4 * 16 * 16 * 2
+    latents = CachedLatents(tmp_path, upright)
+    for position in range(10):
+        encoded = model.encode(torch.stack(upright[position]))
+        torch.testing.assert_close(torch.stack(latents[position]), encoded, rtol=2**-10, atol=1e-5)
 
 
 @torch.no_grad()
@@ -92,8 +103,9 @@ def test_the_cache_of_another_vae_dataset_or_size_is_refused_and_left_alone(mode
         (model, PairDataset(pairs.pairs[1:], 64)),
         (model, PairDataset(pairs.pairs, 32)),
         (model, PairDataset(find_pairs(touched).pairs, 64)),
+        (model, PairDataset(pairs.pairs, 64, flips=False)),
     ):
-        with pytest.raises(ValueError, match="the cache of another model, dataset, split .--seed. or --size: delete"):
+        with pytest.raises(ValueError, match="another model, dataset, split .--seed., --size or --no-flips: delete"):
             build_cache(changed, samples, folder)
     assert (folder / "latents.bin").read_bytes() == before
     build_cache(model, PairDataset(pairs.pairs, 64, seed=4), folder)  # another order of the same pairs is fine

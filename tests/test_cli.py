@@ -13,7 +13,7 @@ from cli import choose_device
 from files import atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("synth", "pretrain", "train", "sample", "evaluate")
+SCRIPTS = ("synth", "pretrain", "train", "sample", "evaluate", "confidence", "claims")
 
 
 def python(code: str) -> subprocess.CompletedProcess:

@@ -509,18 +509,38 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def test_both_images_are_augmented_alike():
-    image = torch.randn(3, 20, 30)
-    for seed in range(50):
-        sar, eo = data.augment(image, image, 16, generator(seed))
-        assert sar.shape == (3, 16, 16) and torch.equal(sar, eo)
+def augmented(image, size, seed):
+    return data.crop_and_orient(image, size, *data.draw_augmentation(*image.shape[-2:], size, generator(seed)))
+
+
+def one_picture_twice(folder, height, width):
+    """A pair whose two images are the same noise."""
+    for kind in ("sar", "eo"):
+        (folder / kind).mkdir()
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / kind / "a.png")
+    return data.find_pairs(folder).pairs
+
+
+def test_both_images_are_augmented_alike(tmp_path):
+    pairs = data.PairDataset(one_picture_twice(tmp_path, 20, 30), 16)
+    samples = [pairs[position] for position in range(50)]
+    assert all(sar.shape == (3, 16, 16) and torch.equal(sar, eo) for sar, eo in samples)
+    assert len({sar.numpy().tobytes() for sar, _ in samples}) > 25
+
+
+def test_without_flips_a_sample_is_a_crop_and_no_more(tmp_path):
+    pairs = one_picture_twice(tmp_path, 16, 16)
+    ours, flipped = (data.PairDataset(pairs, 16, flips=flips) for flips in (False, True))
+    assert all(torch.equal(ours[position][0], ours[0][0]) for position in range(20))
+    assert len({flipped[position][0].numpy().tobytes() for position in range(200)}) == 8
 
 
 def test_all_eight_orientations_occur_as_often_as_the_paper_has_them():
     image = torch.arange(4.0).reshape(1, 2, 2)
     all_eight = {tuple(data.orient(image, k).flatten().tolist()) for k in range(8)}
     assert len(all_eight) == 8
-    drawn = [data.augment(image, image, 2, generator(i))[0].flatten().tolist() for i in range(2000)]
+    drawn = [augmented(image, 2, i).flatten().tolist() for i in range(2000)]
     counts = {key: sum(tuple(x) == key for x in drawn) for key in all_eight}
     odd = [counts.pop(tuple(data.orient(image, k).flatten().tolist())) for k in (1, 3, 5, 7)]
     assert all(80 < count < 170 for count in odd)  # a rotation has p = 1/2, and half of them are odd: 1/16 each
@@ -551,7 +571,7 @@ def test_the_central_crop_is_central():
 
 def test_a_crop_larger_than_the_image_is_refused():
     image = torch.zeros(3, 16, 20)
-    for crop in (lambda: data.center_crop(image, 17), lambda: data.augment(image, image, 17, generator(0))):
+    for crop in (lambda: data.center_crop(image, 17), lambda: augmented(image, 17, 0)):
         with pytest.raises(ValueError, match="20x16 pixels is smaller than the crop of 17x17"):
             crop()
 

@@ -1,47 +1,99 @@
-"""metrics.py: PSNR and SSIM are torchmetrics', image by image."""
+"""metrics.py: PSNR, SSIM and SCC are torchmetrics', image by image; LPIPS and FID call their packages rightly."""
 
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from record_golden import GOLDEN, metric_images, reference_metrics
+from safetensors.torch import load_file
 
-from metrics import psnr, ssim
+import metrics
+from metrics import frechet_distance, psnr, scc, ssim, what_is_missing
 
-GOLDEN_PSNR, GOLDEN_SSIM = [36.9809, 22.9611, 14.3359], [0.98504, 0.77725, 0.37468]  # of torchmetrics 1.9.0
-
-
-def images(height=40, width=33):
-    """Smooth pictures and noisy copies, (3, 3, H, W) in [0, 1]: by formula, so that the golden numbers stay true."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    phase = torch.arange(9.0).reshape(3, 3, 1, 1)
-    truth = 0.5 + 0.4 * torch.sin(6 * x + 9 * y * y + phase)
-    strength = torch.tensor([0.02, 0.1, 0.3]).reshape(3, 1, 1, 1)
-    return (truth + strength * torch.cos(91 * x * y + 53 * x + 7 * phase)).clamp(0, 1), truth
+OURS = {"psnr": psnr, "ssim": ssim, "scc": scc}
 
 
-def test_psnr_and_ssim_are_the_recorded_numbers():
-    image, truth = images()
-    assert psnr(image, truth).tolist() == pytest.approx(GOLDEN_PSNR, abs=1e-3)
-    assert ssim(image, truth).tolist() == pytest.approx(GOLDEN_SSIM, abs=1e-4)
+@pytest.mark.parametrize("name", OURS)
+def test_the_metrics_are_the_recorded_numbers(name):
+    recorded = load_file(GOLDEN / "metrics.safetensors")
+    torch.testing.assert_close(OURS[name](*metric_images()), recorded[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(40, 33), (6, 6), (64, 64)])
-def test_psnr_and_ssim_equal_torchmetrics_where_that_is_installed(size):
-    metrics = pytest.importorskip("torchmetrics.functional.image")
-    image, truth = images(*size)
-    for i, (one, two) in enumerate(zip(image.split(1), truth.split(1))):
-        assert float(psnr(image, truth)[i]) == pytest.approx(
-            float(metrics.peak_signal_noise_ratio(one, two, data_range=1.0)), abs=1e-4
-        )
-        assert float(ssim(image, truth)[i]) == pytest.approx(
-            float(metrics.structural_similarity_index_measure(one, two, data_range=1.0)), abs=1e-4
-        )
+@pytest.mark.parametrize("size", [(40, 33), (8, 8), (64, 65)])
+@pytest.mark.parametrize("kind", ["pictures", "the paper's range", "patches of one colour"])
+def test_the_metrics_equal_torchmetrics_where_that_is_installed(size, kind):
+    pytest.importorskip("torchmetrics")
+    image, truth = metric_images(*size)
+    if kind == "the paper's range":
+        image, truth = ((2 * x - 0.5).clamp(0, 1) for x in (image, truth))
+    elif kind == "patches of one colour":
+        truth = truth[:, :, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, : size[0], : size[1]]
+    for name, expected in reference_metrics(image, truth).items():
+        torch.testing.assert_close(OURS[name](image, truth), expected, atol=1e-4, rtol=0)
 
 
 def test_an_image_equals_itself():
-    _, truth = images()
+    truth = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     assert psnr(truth, truth).isposinf().all()
-    torch.testing.assert_close(ssim(truth, truth), torch.ones(3))
+    torch.testing.assert_close(ssim(truth, truth), torch.ones(2))
+    torch.testing.assert_close(scc(truth, truth), torch.ones(2))
 
 
-def test_an_image_too_small_for_the_window_is_refused():
-    with pytest.raises(ValueError, match="sides of at least 6 pixels"):
-        ssim(torch.zeros(1, 3, 5, 64), torch.zeros(1, 3, 5, 64))
+def test_nothing_correlates_with_black():
+    _, truth = metric_images()
+    assert scc(torch.zeros_like(truth), truth).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("metric", "side"), [(ssim, 5), (scc, 7)])
+def test_an_image_too_small_for_the_window_is_refused(metric, side):
+    with pytest.raises(ValueError, match=f"sides of at least {side + 1} pixels"):
+        metric(torch.zeros(1, 3, side, 64), torch.zeros(1, 3, side, 64))
+
+
+def features(mean: list[float], scale: list[float], rotation: np.ndarray, seed: int) -> np.ndarray:
+    """Points (1000, 3) of exactly these means, and standard deviations along the rotated axes."""
+    x = np.random.RandomState(seed).standard_normal((1000, 3))
+    x -= x.mean(axis=0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T  # unit covariance
+    return x * scale @ rotation.T + mean
+
+
+def test_frechet_distance_of_normals_with_common_axes_is_that_of_their_means_and_deviations():
+    rotation = np.linalg.qr(np.random.RandomState(3).standard_normal((3, 3)))[0]
+    a, b = features([1, 2, 3], [1, 2, 0], rotation, 0), features([1, 0, 3], [3, 1, 0], rotation, 1)
+    assert frechet_distance(a, b) == pytest.approx(2**2 + (1 - 3) ** 2 + (2 - 1) ** 2, abs=1e-6)
+
+
+def test_frechet_distance_equals_torchmetrics_where_that_is_installed():
+    reference = pytest.importorskip("torchmetrics.image.fid")
+    rng = np.random.RandomState(0)
+    a, b = rng.standard_normal((40, 6)) @ rng.standard_normal((6, 6)), rng.standard_normal((30, 6)) + 1
+    statistics = [torch.from_numpy(s) for x in (a, b) for s in (x.mean(axis=0), np.cov(x, rowvar=False))]
+    assert frechet_distance(a, b) == pytest.approx(float(reference._compute_fid(*statistics)), abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The packages, which need not be installed here: see conftest.packages
+
+
+@pytest.mark.parametrize("metric", ["lpips", "fid"])
+def test_what_is_missing_is_said_in_a_line_with_the_command_that_mends_it(metric, packages, monkeypatch):
+    assert what_is_missing(metric) is None
+    module, url = metrics.PACKAGES[metric]
+    weights = packages / Path(url).name
+    weights.unlink()
+    assert what_is_missing(metric) == f"its weights are not there: curl --create-dirs -Lo {weights} {url}"
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    assert what_is_missing(metric).startswith(f"pip install {'lpips' if metric == 'lpips' else 'pytorch-fid'} (")
+
+
+def test_lpips_is_asked_for_vgg_and_gives_a_number_an_image(packages):
+    a, b = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(metrics.load_lpips("cpu")(a, b), (a - b).abs().mean(dim=(1, 2, 3)))
+
+
+def test_inception_is_asked_for_its_2048_features_and_gives_a_row_an_image(packages):
+    images = torch.rand(4, 3, 16, 16)
+    np.testing.assert_allclose(metrics.load_inception("cpu")(images), images.mean(dim=(2, 3)).numpy())

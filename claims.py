@@ -1,0 +1,320 @@
+"""The paper's claims, and what to hold against them, each as a command that ends in a small table and a plot.
+
+    vae          one VAE holds SAR and EO images in one latent space, also under speckle
+    pretraining  starting from the pretrained network beats starting from scratch, at equal steps
+    loss         C-Diff beats plain L2, where the two images disagree and elsewhere
+    steps        how quality grows with the number of denoising steps, by their spacing; and the time
+    regression   a baseline: the same network, trained equally long, painting the EO image in one pass (L1)
+
+    python claims.py loss --data sen12-synthetic/ --base models/small-base
+
+Trainings are kept in --runs and shared: `loss` and `regression` compare with runs of `pretraining`. The same command
+goes on where it was stopped. All trainings see the same pairs (the split of seed 0, by which pretrain.py made the base
+model); seeds change their order, crops and noise. All are scored on the same held-out pairs with the same noise.
+Written to --out: claims-NAME.json (each seed), claims-NAME.md (mean and standard deviation over the seeds) and .png.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import synth
+from cdiffset import CDiffSET
+from cli import Parser, choose_device, positive, run
+from confidence import look_up_colours
+from data import evenly, find_pairs, held_out_pairs
+from evaluate import METRICS
+from files import atomic
+from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
+from sample import load_model
+from study import ARMS, BATCH, Study, open_study, prediction_error, regress, score, train, translating
+from train import read_table
+from weights import write_json
+from yardsticks import sar_level
+
+LOOKS = (1, 2, 4, 8)
+CLEAN = 10_000  # looks: next to no speckle
+ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: none that the model was trained on
+STEPS = (1, 2, 4, 10, 25, 50)
+SAMPLES = 4  # translations whose mean stands beside the regression
+
+TITLES = {
+    "psnr": "PSNR, dB ↑",
+    "ssim": "SSIM ↑",
+    "scc": "SCC ↑",
+    "land_cover": "land cover agreement ↑",
+    "rmse_unchanged": "RMSE, unchanged ↓",
+    "rmse_sar_only": "RMSE, only in SAR ↓",
+    "rmse_eo_only": "RMSE, only in EO ↓",
+    "prediction_error": "prediction error ↓",
+    "seconds": "seconds an image ↓",
+    "psnr_eo": "PSNR of EO, dB ↑",
+    "psnr_sar": "PSNR of SAR, dB ↑",
+    "psnr_clean": "SAR to its clean image, dB ↑",
+    "psnr_speckled": "the same, before the VAE, dB",
+    "distance": "distance SAR-EO ↓",
+    "correlation": "correlation to clean SAR ↑",
+}
+
+ONE_SAMPLE, MEAN_OF_SAMPLES, LOOK_UP = "C-Diff, one sample", f"C-Diff, mean of {SAMPLES} samples", "colour look-up"
+COLOURS = {arm.title: arm.colour for arm in ARMS.values()} | {ONE_SAMPLE: BLUE, MEAN_OF_SAMPLES: BLUE, LOOK_UP: GREY}
+
+Results = dict[str, dict[str, list[float]]]  # {row of the table: {metric: a value a seed, or one for all}}
+
+
+def collect(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The scores of several seeds, as a list for each metric."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The VAE
+
+
+def vae(args: argparse.Namespace, picture: Path) -> Results:
+    """Reconstructions and latents of scenes drawn with more or less speckle; --limit scenes a seed.
+
+    distance: `frechet`, between the latents of SAR and EO images; floor: between two halves of the EO images.
+    correlation: `correlation`, of a SAR image's latent with that of the same image without speckle.
+    """
+    model = CDiffSET.from_pretrained(args.base).to(args.device)
+    levels = {"no speckle": CLEAN} | {f"{n} looks" if n > 1 else "1 look": n for n in reversed(LOOKS)}
+    rows: dict[str, list] = {name: [] for name in [*levels, "floor"]}
+    for seed in args.seeds:
+        clean = None
+        for name, looks in tqdm(levels.items(), desc=f"seed {seed}", unit="level"):
+            scenes = [synth.draw(ANOTHER_COUNTRY + seed, scene, 0, args.size, looks) for scene in range(args.limit)]
+            sar = torch.from_numpy(np.stack([s.sar for s in scenes]))[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
+            eo = torch.from_numpy(np.stack([s.eo for s in scenes])).movedim(-1, 1) / 127.5 - 1
+            (z_sar, again), (z_eo, again_eo) = reconstruct(model, sar), reconstruct(model, eo)
+            clean = clean or (sar, z_sar)
+            quality = {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)}
+            if looks != CLEAN:
+                quality |= {"psnr_clean": decibels(again, clean[0]), "psnr_speckled": decibels(sar, clean[0])}
+                quality |= {"correlation": correlation(z_sar, clean[1])}
+            rows[name].append(quality | {"distance": frechet(z_sar, z_eo)})
+        rows["floor"].append({"distance": frechet(z_eo[::2], z_eo[1::2])})
+    results = {name: collect(measured) for name, measured in rows.items()}
+
+    def line(metric: str, colour: str, style: str = "-") -> Series:
+        return Series(LOOKS, [row[metric] for row in list(results.values())[-2:0:-1]], colour, style)
+
+    floor = Series(LOOKS, [float(np.mean(results["floor"]["distance"]))] * len(LOOKS), GREY, "--")
+    quality = {"EO": line("psnr_eo", BLUE), "SAR": line("psnr_sar", ORANGE)}
+    quality |= {"SAR to clean": line("psnr_clean", GREEN), "no VAE, to clean": line("psnr_speckled", GREY, "--")}
+    distances = {"SAR to EO": line("distance", ORANGE), "EO to EO": floor}
+    save_plot(picture, [
+        lines("reconstruction", "looks", "PSNR, dB", quality, "x", columns=2),
+        lines("latent statistics", "looks", "Fréchet distance", distances, "x"),
+        lines("latents of SAR", "looks", "correlation to clean", {"": line("correlation", ORANGE)}, "x"),
+    ])  # fmt: skip
+    return results
+
+
+@torch.inference_mode()
+def reconstruct(model: CDiffSET, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents and the reconstructions of images (N, 3, H, W) in [-1, 1], both on the CPU."""
+    z = [model.encode(x.to(model.prompt_embedding.device)).float() for x in images.split(BATCH)]
+    return torch.cat(z).cpu(), torch.cat([model.decode(x).float().clamp(-1, 1).cpu() for x in z])
+
+
+def decibels(image: Tensor, truth: Tensor) -> float:
+    """Mean PSNR of images (N, 3, H, W) in [-1, 1]."""
+    return float(METRICS["psnr"](image / 2 + 0.5, truth / 2 + 0.5).mean())
+
+
+def frechet(z: Tensor, other: Tensor) -> float:
+    """Fréchet distance of two sets of latents (N, C, h, w), each channel taken as a Gaussian, independent of the
+    others: the sum of the squared differences of their means and standard deviations.
+    """
+    (m, s), (n, t) = ((x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3))) for x in (z, other))
+    return float(((m - n) ** 2 + (s - t) ** 2).sum())
+
+
+def correlation(z: Tensor, other: Tensor) -> float:
+    """Pearson's correlation of two sets of latents (N, C, h, w), channel by channel; the mean of the channels."""
+    a, b = (x.movedim(1, 0).flatten(1) for x in (z, other))
+    return float(F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Trainings
+
+
+def compared(args: argparse.Namespace, names: list[str]) -> Results:
+    """Trains and scores the arms, all seeds."""
+    study, results = open_study(args), {}
+    for name in names:
+        rows = []
+        for seed in args.seeds:
+            model = train(name, seed, study)
+            error = prediction_error(model, name, study)
+            rows.append(score(study, translating(model)) | {"prediction_error": error})
+        results[ARMS[name].title] = collect(rows)
+    return results
+
+
+def pretraining(args: argparse.Namespace, picture: Path) -> Results:
+    """C-Diff from the base's U-Net, and from random weights; the plot shows the error while they learn."""
+    names, curves = ["cdiff", "scratch"], {}
+    results = compared(args, names)
+    for name in names:
+        logs = [read_table(args.runs / f"{name}-{seed}" / "validation.csv") for seed in args.seeds]
+        errors = [[row["error"] for row in rows] for rows in zip(*logs)]
+        curves[ARMS[name].title] = Series([row["step"] for row in logs[0]], errors, ARMS[name].colour)
+    learning = lines("while they learn", "training step", "error of the prediction", curves)
+    save_plot(picture, [learning, *dots(results, ["psnr", "ssim"], TITLES, COLOURS)])
+    return results
+
+
+def loss(args: argparse.Namespace, picture: Path) -> Results:
+    """C-Diff and L2, from the same base. RMSE in levels of 0..255, by synth.py's change masks where there are any."""
+    results = compared(args, ["cdiff", "mse"])
+    measured = next(iter(results.values()))
+    wanted = ["psnr", "rmse_unchanged", "rmse_sar_only", "rmse_eo_only"]
+    save_plot(picture, dots(results, [metric for metric in wanted if metric in measured], TITLES, COLOURS), 1.6)
+    return results
+
+
+def regression(args: argparse.Namespace, picture: Path) -> Results:
+    """One pass of the same network, beside diffusion (one sample, and the mean of several) and the colour look-up."""
+    study = open_study(args)
+    colours = look_up_colours(study.train)
+    rows: dict[str, list] = {ARMS["regression"].title: [], ONE_SAMPLE: [], MEAN_OF_SAMPLES: []}
+    for seed in args.seeds:
+        model, diffusion = train("regression", seed, study), train("cdiff", seed, study)
+        painted = lambda sar, _, model=model: model.decode(regress(model.unet, model, sar))  # noqa: E731
+        for measured, make in zip(rows.values(), (painted, translating(diffusion), translating(diffusion, SAMPLES))):
+            measured.append(score(study, make))
+    look_up = score(study, lambda sar, _: colours[sar_level(sar.cpu())].movedim(-1, 1))
+    results = {name: collect(measured) for name, measured in rows.items()} | {LOOK_UP: collect([look_up])}
+    wanted = ["psnr", "ssim", *(["land_cover"] if "land_cover" in look_up else [])]
+    save_plot(picture, dots(results, wanted, TITLES, COLOURS), 2)
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def steps(args: argparse.Namespace, picture: Path) -> Results:
+    """Quality of --model's translations by steps and spacing; the seeds are of the noise."""
+    model = load_model(args.model, None, "float32", args.device)
+    train_pairs, test, _ = held_out_pairs(find_pairs(args.data).pairs, args.model)
+    study, results = Study(args, "", train_pairs, evenly(test, args.limit)), {}
+    for spacing in ("leading", "trailing"):
+        for number in tqdm(STEPS, desc=spacing):
+            rows = [score_steps(model, study, number, spacing, seed) for seed in args.seeds]
+            results[f"{spacing}, {number}"] = collect(rows)
+
+    def panel(metric: str) -> Drawing:
+        series = {
+            spacing: Series(STEPS, [results[f"{spacing}, {number}"][metric] for number in STEPS], colour)
+            for spacing, colour in (("leading", BLUE), ("trailing", ORANGE))
+        }
+        return lines("", "denoising steps", TITLES[metric], series, "x")
+
+    measured = next(iter(results.values()))
+    save_plot(picture, [panel(metric) for metric in ("psnr", "ssim", "land_cover") if metric in measured])
+    return results
+
+
+def score_steps(model: CDiffSET, study: Study, number: int, spacing: str, seed: int) -> dict[str, float]:
+    """The scores with one setting, and the seconds an image took in the fastest batch, the least disturbed."""
+    took = []
+
+    def make(sar: Tensor, numbers: range) -> Tensor:
+        began = time.perf_counter()
+        made = model.translate(sar, number, [seed * len(study.held_out) + i for i in numbers], spacing)[0].cpu()
+        took.append((time.perf_counter() - began) / len(sar))
+        return made
+
+    return score(study, make) | {"seconds": min(took)}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The program
+
+CLAIMS = {"vae": vae, "pretraining": pretraining, "loss": loss, "steps": steps, "regression": regression}
+TRAINED = ("pretraining", "loss", "regression")
+
+
+def cell(values: list[float]) -> str:
+    """The mean, and the standard deviation over the seeds where there are several."""
+    mean, digits = float(np.mean(values)), 2 if abs(np.mean(values)) >= 10 else 3
+    return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(results: Results, claim: str) -> str:
+    """Markdown; what a row was not measured for stays empty. Errors by kind of change are told where they matter."""
+    metrics = [m for m in TITLES if any(m in row for row in results.values())]
+    metrics = [m for m in metrics if claim == "loss" or not m.startswith("rmse")]
+    rows = [[name, *(cell(row[m]) if m in row else "" for m in metrics)] for name, row in results.items()]
+    return markdown(["", *(TITLES[m] for m in metrics)], rows)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    # fmt: off
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("claim", choices=CLAIMS, help="which one, see above")
+    add("--data", metavar="DIR", help="a dataset in any layout that train.py knows (not for vae, which draws scenes)")
+    add("--base", type=Path, default="models/small-base", metavar="DIR",
+        help="the base model, as pretrain.py writes (default: %(default)s)")
+    add("--model", type=Path, default="models/tiny", metavar="DIR",
+        help="the C-DiffSET model whose steps are counted (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    add("--train-steps", type=positive, default=500, metavar="N", help="of each training (default: %(default)s)")
+    add("--batch-size", type=positive, default=16, metavar="N", help="pairs a training step (default: %(default)s)")
+    add("--lr", type=float, default=6e-4, help="peak learning rate (default: %(default)s)")
+    add("--size", type=positive, metavar="N",
+        help="side of the crops, or of the drawn scenes, in pixels (default: 64 where networks are trained, else 128)")
+    add("--limit", type=positive, metavar="N",
+        help="held-out pairs to score, or scenes to draw a seed (default: 256 where networks are trained, else 64)")
+    add("--runs", type=Path, default="runs/claims", metavar="DIR", help="where trainings go (default: %(default)s)")
+    add("--out", type=Path, default="results", metavar="DIR", help="where results go (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the arithmetic in training and scoring trainings (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    # fmt: on
+    args = parser.parse_args(arguments)
+    if args.data is None and args.claim != "vae":
+        parser.error("--data is needed")
+    if args.limit == 1 and args.claim == "vae":
+        parser.error("--limit must be 2 or more: two halves of the scenes are compared")
+    size, limit = (64, 256) if args.claim in TRAINED else (128, 64)
+    args.size, args.limit = args.size or size, args.limit or limit
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Checks a claim; returns the exit code."""
+    args = parse(arguments)
+    args.device = choose_device(args.device)
+    pyplot()  # now, rather than after an hour, if it is not there
+    stem = args.out / f"claims-{args.claim}"
+    source = origin("claims.py", arguments, args)
+    results = CLAIMS[args.claim](args, stem.with_suffix(".png"))
+    write_json(stem.with_suffix(".json"), source | {"results": results})
+    notes = [
+        f"{args.limit} {'scenes a seed' if args.claim == 'vae' else 'held-out pairs at most'} of {args.size} pixels"
+    ]
+    if args.seeds[1:]:
+        notes.append(f"mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}")
+    about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
+    with atomic(stem.with_suffix(".md")) as temporary:
+        temporary.write_text(f"{table(results, args.claim)}\n{'; '.join(notes)}. {about}\n")
+    print(table(results, args.claim), end="")
+    print(f"wrote {stem}.json, .md and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

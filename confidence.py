@@ -1,0 +1,387 @@
+"""Is the confidence true? Measured on held-out pairs, always beside what a simple filter does.
+
+    python confidence.py --data sen12-synthetic/ --model runs/mine/model
+
+1. Finding what really changed, where there are change masks (synth.py's): does a score rank the pixels that only one of
+   the two images shows above those that both show? AUROC (0.5: no better than chance; below: the other way round) and
+   average precision, for what only SAR and what only EO shows, the other kind left out; and AUROC among objects alone
+   (changed against unchanged roofs and ships), since finding objects is easier than finding changed ones. Scores:
+     1 / confidence    the variance with which `translate` generates EO from SAR, at the middle step
+     pair: variance    of a REAL pair: the true EO latent is noised to timestep t and predicted, a few times;
+     pair: error       the variance, and the squared error of that prediction
+   and of filters: 7x7 means of SAR, of its standard deviation, of the gradients of both EO images, and of the
+   difference between the true EO image and the colour that goes with the SAR level (evaluate.py's look-up).
+2. Calibration: the variance against the squared error of the prediction, by timestep. See `calibration`.
+3. With any data: does dropping the least confident pixels lower the error? See `sparsification` and `ause`.
+
+Written to --out: confidence.json, detection.png, calibration.png, error.png, and examples.png with the pairs that have
+most changes (SAR only: pink, EO only: green; of the confidence the logarithm, stretched).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import report
+import synth
+from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
+from cli import Parser, choose_device, positive, run
+from data import Pair, center_crop, describe, evenly, find_pairs, held_out_pairs, mask_path, read_pair, seed_of
+from images import confidence_picture, grid, to_uint8
+from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
+from sample import load_model
+from weights import write_json
+from yardsticks import FITTED_ON, fit_colours, local_mean, sar_level
+
+KINDS = {"only in SAR": 1, "only in EO": 2}  # values of the change masks
+UNCERTAINTY = "1 / confidence"
+FILTERS = ("SAR mean", "SAR deviation", "gradient of generated", "gradient of EO", "EO - colour look-up")
+ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the least certain pixels are dropped
+TIMESTEPS, DRAWS = (501, 801), 4  # at which real pairs are noised, and how often
+BANDS, BINS = 10, 20  # of the timesteps, of the predicted variance
+ROWS = 3  # of the examples
+
+# ----------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def ranking(score: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """AUROC and average precision of scores (N,) that should be higher where `truth`, bool (N,), holds.
+
+    AUROC is the chance that a true one gets the higher score of the two, ties counting half; average precision is the
+    sum of precision * gain of recall over all thresholds, as in scikit-learn. Raises ValueError unless truth has both.
+    """
+    thresholds, ties = np.unique(score[truth], return_counts=True)
+    false = np.sort(score[~truth])
+    if not len(thresholds) or not len(false):
+        raise ValueError("there must be pixels of both kinds to rank")
+    below, up_to = (np.searchsorted(false, thresholds, side) for side in ("left", "right"))
+    share = ties / ties.sum()  # of the true ones, by threshold
+    found = np.cumsum(ties[::-1])[::-1]
+    precision = found / (found + len(false) - below)
+    return float(np.sum(share * (below + up_to) / (2 * len(false)))), float(np.sum(share * precision))
+
+
+def sparsification(squared_error: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
+    """RMSE of the most certain 1, 2, ... 100 % of the pixels: two (N,) -> (100,). N at least 100."""
+    total = np.cumsum(squared_error[np.argsort(uncertainty, kind="stable")], dtype=np.float64)
+    kept = np.round(np.arange(1, 101) / 100 * len(total)).astype(int)
+    return np.sqrt(total[kept - 1] / kept)
+
+
+def ause(curve: np.ndarray, oracle: np.ndarray) -> float:
+    """Area under the sparsification error (Ilg et al., ECCV 2018): between a curve of `sparsification` and that of the
+    true errors themselves, both divided by the RMSE of all pixels. 0: the uncertainty sorts as the errors do.
+    """
+    return float(np.trapezoid(curve - oracle, dx=0.01) / curve[-1])
+
+
+def calibration(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float | list[float]]:
+    """How well variances (N,) predict squared errors (N,).
+
+    ratio: mean squared error over mean variance, 1 if right on the whole. bins: BINS equally filled ones by predicted
+    variance, the mean of both in each. error: the mean over them of |squared error / variance - 1|, the expected
+    calibration error as a share. correlation: of the logarithms, pixel by pixel.
+    """
+    order = np.argsort(predicted, kind="stable")
+    bins = [np.array_split(x[order].astype(np.float64), BINS) for x in (predicted, actual)]
+    means = [np.array([part.mean() for part in parts]) for parts in bins]
+    logs = [np.log(np.maximum(x, 1e-12)) for x in (predicted, actual)]
+    return {
+        "ratio": float(actual.mean(dtype=np.float64) / predicted.mean(dtype=np.float64)),
+        "error": float(np.abs(means[1] / means[0] - 1).mean()),
+        "correlation": float(np.corrcoef(*logs)[0, 1]) if min(x.std() for x in logs) > 0 else 0.0,
+        "bins_predicted": means[0].tolist(),
+        "bins_actual": means[1].tolist(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
+    """synth.py's "change" or "class" mask of a pair, uint8 (H, W), or its central crop. It must be there."""
+    with Image.open(mask_path(pair, kind)) as image:
+        mask = np.asarray(image)
+    return center_crop(mask, size) if size else mask
+
+
+def look_up_colours(pairs: list[Pair]) -> Tensor:
+    """The colour that goes with each SAR level in training pairs, of which FITTED_ON are looked at: (levels, 3)."""
+    return fit_colours(read_pair(pair) for pair in evenly(pairs, FITTED_ON))[1]
+
+
+def deviation(image: Tensor) -> Tensor:
+    """Standard deviation in each pixel's 7x7 neighbourhood: (B, 3, H, W) -> (B, H, W)."""
+    grey = image.mean(dim=1, keepdim=True)
+    return (local_mean(grey**2) - local_mean(grey) ** 2).clamp(min=0).sqrt()
+
+
+def gradient(image: Tensor) -> Tensor:
+    """Length of the gradient of the brightness, 7x7 mean: (B, 3, H, W) -> (B, H, W)."""
+    dy, dx = torch.gradient(image.mean(dim=1, keepdim=True), dim=(2, 3))
+    return local_mean((dx**2 + dy**2).sqrt())
+
+
+@torch.inference_mode()
+def noise_error(
+    model: CDiffSET, z_sar: Tensor, z_eo: Tensor, t: Tensor | int, seeds: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Noises true EO latents and predicts, as in training: z_sar, z_eo (B, 4, h, w), t scalar or (B,), a seed of the
+    noise each -> the squared error, mean of the channels, and the variance that the network gives, both (B, 1, h, w)
+    float32; no variance from a model without one.
+    """
+    noise = torch.cat([initial_noise(seed, z_eo.shape[1:]) for seed in seeds]).to(z_eo)
+    z_t = model.scheduler.add_noise(z_eo, noise, t)
+    prediction, raw = denoise(model.unet, z_sar, z_t, t, model.prompt_embedding)
+    error = (prediction.float() - model.scheduler.target(z_eo, noise, t)).square().mean(dim=1, keepdim=True)
+    return error, None if raw is None else variance(raw.float())
+
+
+def latents(model: CDiffSET, sar: Tensor, eo: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents of images (B, 3, H, W), padded as `translate` pads them."""
+    images = pad_to_multiple(torch.cat([sar, eo]), model.unit).to(model.prompt_embedding.device)
+    with torch.inference_mode():
+        return model.encode(images).float().chunk(2)
+
+
+def pair_scores(model: CDiffSET, sar: Tensor, eo: Tensor, numbers: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """Scores of real pairs, two (B, 3, H, W) with their numbers -> {name: (B, H, W)}: where do they not go together?"""
+    (z_sar, z_eo), (height, width) = latents(model, sar, eo), sar.shape[2:]
+    scores = {}
+    for t in TIMESTEPS:
+        draws = [
+            torch.cat(noise_error(model, z_sar, z_eo, t, [seed_of(seed, "pair", t, k, i) for i in numbers]), dim=1)
+            for k in range(DRAWS)
+        ]
+        maps = F.interpolate(torch.stack(draws).mean(dim=0), scale_factor=model.vae.factor, mode="bicubic")
+        error, var = maps[:, :, :height, :width].cpu().unbind(dim=1)
+        scores |= {f"pair: variance, t = {t}": var, f"pair: error, t = {t}": error}
+    return scores
+
+
+def by_timestep(
+    model: CDiffSET, sar: Tensor, eo: Tensor, numbers: Sequence[int], seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each of BANDS bands of timesteps, the predicted variance and the squared error of all latent pixels, (N,)."""
+    z_sar, z_eo = latents(model, sar, eo)
+    width, result = model.scheduler.num_train_timesteps // BANDS, []
+    for band in range(BANDS):
+        seeds = [seed_of(seed, "calibration", band, i) for i in numbers]
+        t = torch.tensor([band * width + s % width for s in seeds], device=z_eo.device)
+        error, var = noise_error(model, z_sar, z_eo, t, seeds)
+        result.append((var.flatten().cpu().numpy(), error.flatten().cpu().numpy()))
+    return result
+
+
+def detect(scores: dict[str, np.ndarray], change: np.ndarray, objects: np.ndarray) -> dict[str, dict[str, dict]]:
+    """{score: {kind: {auroc, ap, auroc_objects}}} of flat scores (N,), change masks and where EO shows an object.
+
+    A kind that does not occur is left out; among objects, None where no unchanged one is there.
+    """
+    table: dict[str, dict[str, dict]] = {name: {} for name in scores}
+    for kind, value in KINDS.items():
+        for name, score in scores.items():
+            everywhere, truth = (change == 0) | (change == value), change == value
+            among = truth | ((change == 0) & objects)
+            if not truth.any():
+                continue
+            auroc, ap = ranking(score[everywhere], truth[everywhere])
+            only = ranking(score[among], truth[among])[0] if (among & ~truth).any() else None
+            table[name][kind] = {"auroc": auroc, "ap": ap, "auroc_objects": only}
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The program
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    # fmt: off
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="a dataset in any layout that train.py knows")
+    add("--model", required=True, type=Path, metavar="PATH", help="a C-DiffSET model folder, trained with C-Diff")
+    add("--out", type=Path, default="results/confidence", metavar="DIR", help="where to write (default: %(default)s)")
+    add("--limit", type=positive, default=256, metavar="N",
+        help="held-out pairs to look at, evenly chosen; all numbers are kept in memory (default: %(default)s)")
+    add("--steps", type=positive, default=50, help="denoising steps (default: %(default)s)")
+    add("--spacing", choices=("leading", "trailing"), default="leading", help="of the steps (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
+    add("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    # fmt: on
+    return parser.parse_args(arguments)
+
+
+def read_batch(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """SAR and EO images, (B, 3, H, W) each. Raises ValueError if their sizes differ."""
+    images = [read_pair(pair) for pair in pairs]
+    if len({sar.shape for sar, _ in images}) > 1:
+        raise ValueError(f"{str(pairs[0].sar)!r} and its neighbours differ in size: use --batch-size 1")
+    sar, eo = (torch.stack(side) for side in zip(*images))
+    return sar, eo
+
+
+def measure(model: CDiffSET, pairs: list[Pair], colours: Tensor, masked: bool, args: argparse.Namespace) -> tuple:
+    """Everything that is measured, flat: scores {name: (N,)}, squared error (N,), change (N,) and objects (N,) (empty
+    if not `masked`), and for each band of timesteps the predicted variance and squared error.
+    """
+    columns: dict[str, list] = {}
+    bands: list[list] = [[] for _ in range(BANDS)]
+    for start in tqdm(range(0, len(pairs), args.batch_size), unit="batch", desc="measuring"):
+        numbers = range(start, min(start + args.batch_size, len(pairs)))
+        batch = [pairs[i] for i in numbers]
+        sar, eo = read_batch(batch)
+        made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
+        made = made.cpu()
+        found = {UNCERTAINTY: -confidence.cpu()[:, 0]}  # sorts as its inverse, and bicubic values may fall below 0
+        if masked:
+            found |= pair_scores(model, sar, eo, numbers, args.seed)
+            change = torch.from_numpy(np.stack([read_mask(pair, "change") for pair in batch]))
+            classes = np.stack([read_mask(pair, "class") for pair in batch])
+            found |= {"change": change, "objects": torch.from_numpy(np.isin(classes, (synth.ROOF, synth.SHIP)))}
+            expected = colours[sar_level(sar)].movedim(-1, 1)
+            found |= {"gradient of EO": gradient(eo), "EO - colour look-up": local_mean((eo - expected).abs())}
+        found |= {"SAR mean": local_mean(sar), "SAR deviation": deviation(sar), "gradient of generated": gradient(made)}
+        found["error"] = ((made - eo) / 2).square().mean(dim=1)
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values.flatten().numpy())
+        for band, values in zip(bands, by_timestep(model, sar, eo, numbers, args.seed)):
+            band.append(values)
+    flat = {name: np.concatenate(parts) for name, parts in columns.items()}
+    rest = [flat.pop(name, np.zeros(0)) for name in ("error", "change", "objects")]
+    return flat, *rest, [tuple(np.concatenate(side) for side in zip(*band)) for band in bands]
+
+
+def examples(model: CDiffSET, pairs: list[Pair], numbers: Sequence[int], masked: bool, args) -> np.ndarray:
+    """A picture of some pairs, a row each."""
+    rows = []
+    for i in numbers:
+        sar, eo = read_batch([pairs[i]])
+        made, confidence = model.translate(sar, args.steps, args.seed + int(i), args.spacing)
+        seen = confidence_picture(confidence[0].clamp(min=1 / VARIANCE_MAX).log())
+        rows.append([to_uint8(sar[0]), to_uint8(eo[0]), to_uint8(made[0]), seen])
+        if masked:
+            rows[-1].append(np.array(synth.CHANGE_COLOURS, np.uint8)[read_mask(pairs[i], "change")])
+    return grid(rows, ["SAR", "EO", "generated", "confidence", "change"][: len(rows[0])])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The three parts: each prints a table, writes a plot, and returns its numbers
+
+
+def part_detection(out: Path, scores: dict[str, np.ndarray], change: np.ndarray, objects: np.ndarray) -> dict:
+    """Finding what changed; the plot has a panel a kind of change, and the filters in grey."""
+    kinds = [kind for kind, value in KINDS.items() if (change == value).any()]
+    if not kinds:
+        print("nothing changed in these pairs: no score can find it; try a larger --limit\n")
+        return {"share": {}, "scores": {}}
+    found = detect(scores, change, objects)
+    share = {kind: float(np.mean(change == KINDS[kind])) for kind in kinds}
+    header = ["score", *(f"{kind}: {m}" for kind in kinds for m in ("AUROC", "AP", "among objects"))]
+    cells = {n: ["" if v is None else f"{v:.3f}" for k in kinds for v in row[k].values()] for n, row in found.items()}
+    print(markdown(header, [[name, *row] for name, row in cells.items()]))
+    for kind in kinds:
+        value = {name: row[kind]["auroc"] for name, row in found.items()}
+        best = max((name for name in value if name not in FILTERS), key=value.get)
+        rival = max(FILTERS, key=lambda name: abs(value[name] - 0.5))  # a filter may be turned round
+        print(f"{kind} ({share[kind]:.2%} of the pixels): {best} {value[best]:.3f}, ", end="")
+        print(f"the best of the filters, {rival}, {max(value[rival], 1 - value[rival]):.3f}")
+    rows = {name: {kind: [row[kind]["auroc"]] for kind in kinds} for name, row in found.items()}
+    colours = {name: GREY if name in FILTERS else ORANGE if name.startswith("pair") else BLUE for name in rows}
+    titles = {kind: f"AUROC, objects {kind}" for kind in kinds}
+    save_plot(out / "detection.png", dots(rows, kinds, titles, colours, mark=0.5), 2.8)
+    return {"share": share, "scores": found}
+
+
+def part_calibration(out: Path, bands: list[tuple[np.ndarray, np.ndarray]], timesteps: int) -> dict:
+    """Squared error against variance in each band of timesteps, and their ratio by timestep."""
+    measured = [calibration(*band) for band in bands]
+    everything = calibration(*(np.concatenate(side) for side in zip(*bands)))
+    width = timesteps // BANDS
+    names = [f"t = {band * width} ... {(band + 1) * width - 1}" for band in range(BANDS)] + ["all"]
+    rows = [[b[key] for key in ("ratio", "error", "correlation")] for b in [*measured, everything]]
+    header = ["timesteps", "squared error / variance", "calibration error", "correlation of logs"]
+    print(markdown(header, [[name, *(f"{value:.3f}" for value in row)] for name, row in zip(names, rows)]))
+
+    shade, centres = report.pyplot().get_cmap("viridis"), [(band + 0.5) * width for band in range(BANDS)]
+    ends = [f(b["bins_predicted"][k] for b in measured) for f, k in ((min, 0), (max, -1))]
+    series = {"equal": Series(ends, ends, GREY, "--")}
+    for band in reversed(range(BANDS)):
+        label = f"t ≈ {centres[band]:.0f}" if band in (0, BANDS // 2, BANDS - 1) else f"_{band}"
+        sides = (measured[band][f"bins_{side}"] for side in ("predicted", "actual"))
+        series[label] = Series(*sides, shade(band / BANDS))
+    ratio = {"": Series(centres, [b["ratio"] for b in measured], BLUE), "_": Series(centres, [1] * BANDS, GREY, "--")}
+    off = {"": Series(centres, [b["error"] for b in measured], ORANGE)}
+    save_plot(out / "calibration.png", [
+        lines(f"{BINS} equal bins", "predicted variance", "squared error", series, "xy", columns=2),
+        lines("on the whole", "timestep", "squared error / variance", ratio),
+        lines("within the bins", "timestep", "mean |ratio − 1|", off),
+    ])  # fmt: skip
+    return {"all": everything, "bands": measured}
+
+
+def part_errors(out: Path, error: np.ndarray, scores: dict[str, np.ndarray]) -> dict:
+    """The error of the most certain pixels, by the confidence, by two filters, and by the errors themselves."""
+    orders = {"oracle": error} | {name: scores[name] for name in ORDERS}
+    curves = {name: sparsification(error, order) for name, order in orders.items()}
+    curves["random"] = np.full(100, curves["oracle"][-1])
+    areas = {name: ause(curve, curves["oracle"]) for name, curve in curves.items()}
+    kept = (100, 90, 75, 50, 25)
+    rows = [[n, *(f"{-20 * np.log10(c[k - 1]):.2f}" for k in kept), f"{areas[n]:.3f}"] for n, c in curves.items()]
+    print(markdown(["order of pixels", *(f"PSNR, best {k} %" for k in kept), "AUSE"], rows))
+
+    looks = zip(curves, (GREEN, BLUE, ORANGE, PURPLE, GREY))
+    percent, style = list(range(1, 101)), {"random": "--"}
+    series = {
+        f"{name} ({areas[name]:.2f})": Series(percent, 255 * curves[name], colour, style.get(name, "-"))
+        for name, colour in looks
+    }
+    x, y = "pixels kept, the most certain first, %", "RMSE (0..255)"
+    save_plot(out / "error.png", [lines("in brackets: AUSE", x, y, series, columns=3)], 3.2)
+    return {name: {"rmse": curve.tolist(), "ause": areas[name]} for name, curve in curves.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures; returns the exit code."""
+    args = parse(arguments)
+    args.device = choose_device(args.device)
+    report.pyplot()  # now, rather than after an hour, if it is not there
+    model = load_model(args.model, None, "float32", args.device)
+    if model.unet.config["out_channels"] == model.vae.config["latent_channels"]:
+        raise ValueError(f"{args.model} has no variance channel: train it further with train.py --loss cdiff")
+    found = find_pairs(args.data)
+    train, test, split = held_out_pairs(found.pairs, args.model)
+    test = evenly(test, args.limit)
+    masked = all(mask_path(pair, kind) for pair in test for kind in ("change", "class"))
+    print("\n".join(describe(found)))
+    print(f"{len(test)} of the held-out pairs, by {split}; {'with' if masked else 'no'} change masks\n")
+    colours = look_up_colours(train)
+    scores, error, change, objects, bands = measure(model, test, colours, masked, args)
+
+    result = origin("confidence.py", arguments, args) | {"split": split, "pairs": len(test)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    shown = range(min(ROWS, len(test)))
+    if masked:
+        result["detection"] = part_detection(args.out, scores, change, objects)
+        shown = np.argsort([-np.count_nonzero(read_mask(pair, "change")) for pair in test], kind="stable")[:ROWS]
+    result["calibration"] = part_calibration(args.out, bands, model.scheduler.num_train_timesteps)
+    result["error_curve"] = part_errors(args.out, error, scores)
+    write_json(args.out / "confidence.json", result)
+    save_small(args.out / "examples.png", examples(model, test, shown, masked, args))
+    print(f"everything is in {args.out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

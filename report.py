@@ -1,0 +1,165 @@
+"""What the scripts that measure write: who computed it and where, small tables, and small clear pictures.
+
+Colours are Okabe and Ito's, which the colour-blind can tell apart. The plots need matplotlib.
+"""
+
+import argparse
+import io
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cli import machine
+from files import atomic
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, set up for plots that are shown 700 pixels wide. Raises ValueError if it is not there."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("the plots need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")  # files only: no display is needed
+    from matplotlib import pyplot
+
+    size = {f"{part}.labelsize": 9 for part in ("axes", "xtick", "ytick")} | {"legend.fontsize": 8.5, "font.size": 9}
+    lines = {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "lines.markersize": 5}
+    rest = {"axes.titlesize": 9.5, "axes.edgecolor": "#444444", "legend.frameon": False, "savefig.dpi": 200}
+    pyplot.rcParams.update(size | lines | rest | {"figure.constrained_layout.use": True})
+    return pyplot
+
+
+class Series(NamedTuple):
+    """A line of a plot: at each x one value, or one for each seed."""
+
+    x: Sequence[float]
+    values: Sequence[Sequence[float] | float]
+    colour: str
+    style: str = "-"
+
+
+Drawing = Callable[[Any], None]  # draws into matplotlib's axes
+
+
+def lines(title: str, x: str, y: str, series: dict[str, Series], log: str = "", columns: int = 1) -> Drawing:
+    """Means over the seeds, with the standard deviation as bars. log: which axes are logarithmic, e.g. "xy"; columns:
+    of the legend, below.
+    """
+
+    def draw(axes: Any) -> None:
+        for name, line in series.items():
+            values = np.array(line.values, dtype=np.float64).reshape(len(line.x), -1)
+            marker = "o" if line.style == "-" and len(line.x) <= 12 else ""
+            spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+            axes.errorbar(line.x, values.mean(axis=1), spread, None, line.style + marker, color=line.colour,
+                          label=name, capsize=2, elinewidth=1)  # fmt: skip
+        axes.set(title=title, xlabel=x, ylabel=y)
+        if "x" in log:
+            axes.set_xscale("log")
+            if len(line.x) <= 12:
+                axes.set_xticks(line.x, [f"{tick:g}" for tick in line.x])
+                axes.minorticks_off()
+        if "y" in log:
+            axes.set_yscale("log")
+        if sum(not name.startswith("_") for name in series) > 1:
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=columns, columnspacing=1, handlelength=1.5
+            )
+
+    return draw
+
+
+def dots(
+    rows: dict[str, dict[str, list[float]]],
+    metrics: list[str],
+    titles: dict[str, str],
+    colours: dict[str, str],
+    mark: float | None = None,
+) -> list[Drawing]:
+    """A panel a metric: rows from top to bottom in their colours, a dot for each seed and a bar at the mean of several;
+    and a dashed line at `mark`, on axes that are then the same in all panels.
+    """
+
+    def draw(axes: Any, metric: str, first: bool) -> None:
+        for y, (name, row) in enumerate(rows.items()):
+            if metric in row:
+                several = len(row[metric]) > 1
+                alpha = 0.5 if several else 1
+                axes.plot(row[metric], [y] * len(row[metric]), "o", color=colours[name], alpha=alpha, mew=0)
+                if several:
+                    axes.plot(np.mean(row[metric]), y, "|", color=colours[name], ms=15, mew=2)
+        if mark is not None:
+            every = [mark, *(value for row in rows.values() for metric in metrics for value in row.get(metric, []))]
+            axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
+            axes.set_xlim(min(every) - 0.05, max(every) + 0.05)
+        axes.set(title=titles[metric], ylim=(len(rows) - 0.4, -0.6))
+        axes.set_yticks(range(len(rows)), rows if first else [""] * len(rows))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="#E5E5E5")
+        axes.set_axisbelow(True)
+        axes.locator_params(axis="x", nbins=4)
+        axes.margins(x=0.15)
+
+    return [partial(draw, metric=metric, first=metric == metrics[0]) for metric in metrics]
+
+
+def save_plot(path: Path, drawings: list[Drawing], height: float = 2.7) -> None:
+    """Writes panels, side by side, as a PNG of 1400 pixels' width; height in inches, of 200 pixels."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(drawings), figsize=(7, height), squeeze=False)
+    for draw, place in zip(drawings, axes[0]):
+        draw(place)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    with Image.open(buffer) as image:
+        save_small(path, np.asarray(image.convert("RGB")))
+
+
+def save_small(path: Path, picture: np.ndarray) -> None:
+    """Writes a picture, uint8 (H, W, 3), as a PNG of 128 colours: a third of the size, and hardly to be seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    few = Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE)
+    with atomic(path) as temporary:
+        few.save(temporary, optimize=True)
+
+
+def origin(script: str, arguments: list[str] | None, args: argparse.Namespace) -> dict[str, Any]:
+    """What a result needs to be made again, or doubted: command, commit, machine, date, version of torch, settings.
+
+    arguments: of the command line, None for those of this process; args: what they became.
+    """
+    command = shlex.join(["python", script, *(sys.argv[1:] if arguments is None else arguments)])
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    about = {"command": command, "commit": commit(), "machine": machine(args.device), "date": str(date.today())}
+    return about | {"torch": torch.__version__, "settings": settings}
+
+
+def commit() -> str | None:
+    """The git commit of this checkout, with "-dirty" if files differ from it; None where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up on a terminal too; all but the first are aligned to the right."""
+    table = [header, *rows]
+    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(header))]
+    lines = ["| " + " | ".join(f"{c:{'<>'[i > 0]}{widths[i]}}" for i, c in enumerate(row)) + " |" for row in table]
+    rule = "|" + "|".join("-" * (w + 1) + ("-:"[i > 0]) for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"

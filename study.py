@@ -1,0 +1,223 @@
+"""Trainings that are compared, and how they are scored: what the commands of claims.py share.
+
+name of an arm, seed -> start -> train (kept in a folder; goes on where it was stopped) -> score
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cache import network_digest
+from cdiffset import CDiffSET, add_variance_channel, widen_input
+from checkpoint import Settings, run_folder
+from confidence import noise_error, read_mask
+from data import Pair, PairDataset, evenly, find_pairs, mask_path, split_pairs
+from evaluate import METRICS
+from images import to_uint8
+from loop import fit, precision
+from report import BLUE, GREEN, ORANGE, PURPLE
+from train import BANDS, dataset_name, objective
+from unet import UNet
+from weights import build, open_model
+from yardsticks import land_cover_agreement
+
+SAMPLING = {"steps": 10, "spacing": "trailing"}  # of what is scored, as in train.py's validation
+BATCH = 16  # images at a time, where nothing is trained
+VALIDATIONS = 10  # of a training, on VALIDATED images each
+VALIDATED = 32
+CHANGES = {"unchanged": 0, "sar_only": 1, "eo_only": 2}  # in synth.py's masks
+
+
+class Study(NamedTuple):
+    """Which pairs are trained on and scored, cropped to args.size; `data` tells the dataset from others."""
+
+    args: argparse.Namespace
+    data: str
+    train: list[Pair]
+    held_out: list[Pair]
+
+
+class Arm(NamedTuple):
+    """A way to train."""
+
+    title: str
+    colour: str
+    pretrained: bool
+    loss: str  # "cdiff", "mse", or "l1" for the regression
+
+
+ARMS = {
+    "cdiff": Arm("C-Diff, pretrained", BLUE, True, "cdiff"),
+    "scratch": Arm("C-Diff, from scratch", ORANGE, False, "cdiff"),
+    "mse": Arm("L2, pretrained", GREEN, True, "mse"),
+    "regression": Arm("direct regression (L1)", PURPLE, True, "l1"),
+}
+
+
+def open_study(args: argparse.Namespace) -> Study:
+    """The pairs: those of the split of seed 0, by which pretrain.py made the base model."""
+    found = find_pairs(args.data)
+    train_pairs, test = split_pairs(found.pairs)
+    return Study(args, dataset_name(found, args.data), train_pairs, evenly(test, args.limit))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Trainings
+
+
+def start(base: Path, arm: Arm, seed: int) -> CDiffSET:
+    """The model to train: the base's VAE, and its U-Net or (not pretrained) one with random weights of the seed.
+
+    The regression keeps the 4 input and output channels. Raises ValueError if `base` is no base model.
+    """
+    model = CDiffSET.from_pretrained(base, variance=False)
+    if not model.from_base:
+        raise ValueError(f"{base} is a C-DiffSET model already: --base is a model to start from, as pretrain.py writes")
+    unet = build(UNet, open_model(base)["unet"])
+    if not arm.pretrained:
+        torch.manual_seed(seed)
+        unet = UNet(**unet.config)
+    if arm.loss != "l1":
+        widen_input(unet)
+    if arm.loss == "cdiff":
+        add_variance_channel(unet)
+    model.unet = unet.eval()
+    return model
+
+
+def regress(unet: nn.Module, model: CDiffSET, sar: Tensor) -> Tensor:
+    """The EO latent (B, 4, h, w) of SAR images (B, 3, H, W), in one pass, at timestep 0."""
+    with torch.no_grad():
+        z_sar = model.encode(sar).float()
+    return unet(z_sar, 0, model.prompt_embedding).float()
+
+
+def regression_loss(model: CDiffSET) -> Callable[[nn.Module, list[Tensor], list[int]], Tensor]:
+    """Mean absolute error of the EO latent, as `fit` wants it."""
+
+    def loss(unet: nn.Module, batch: list[Tensor], _positions: list[int]) -> Tensor:
+        sar, eo = (x.to(model.prompt_embedding.device) for x in batch)
+        with torch.no_grad():
+            z_eo = model.encode(eo).float()
+        return F.l1_loss(regress(unet, model, sar), z_eo)
+
+    return loss
+
+
+def train(name: str, seed: int, study: Study) -> CDiffSET:
+    """The model of an arm, in evaluation mode: trained now, or read if that was done. Its folder is --runs/NAME-SEED.
+
+    SystemExit if a signal stops it; ValueError if the folder holds a training with other settings.
+    """
+    args, arm, folder = study.args, ARMS[name], study.args.runs / f"{name}-{seed}"
+    model = start(args.base, arm, seed).to(args.device)
+    model.vae.requires_grad_(False)
+    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.unet.parameters()))
+    about = {"data": study.data, "size": args.size, "arm": name}
+    about |= {"vae": network_digest(model.vae), "first weights": weights.hexdigest()}
+    settings = Settings(
+        folder, args.train_steps, args.batch_size, args.lr, dtype=args.dtype, seed=seed, resume=True, keep=1,
+        save_every=250, validate_every=max(1, args.train_steps // VALIDATIONS), about=about,
+    )  # fmt: skip
+    few = study._replace(held_out=study.held_out[:VALIDATED])
+
+    def validate(_step: int) -> dict[str, float]:
+        error = prediction_error(model, name, few)
+        return {"score": -error, "error": error}
+
+    loss = regression_loss(model) if arm.loss == "l1" else objective(model, arm.loss, seed, cached=False)
+    with run_folder(settings):
+        code = fit(model.unet, loss, PairDataset(study.train, args.size, seed), settings, validate)
+    if code:
+        raise SystemExit(code)
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def batches(study: Study) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """The held-out pairs: their numbers, and SAR and EO images (B, 3, size, size) on the device."""
+    images = PairDataset(study.held_out, study.args.size, train=False)
+    for first in range(0, len(images), BATCH):
+        numbers = range(first, min(first + BATCH, len(images)))
+        sar, eo = (torch.stack(side).to(study.args.device) for side in zip(*(images[i] for i in numbers)))
+        yield numbers, sar, eo
+
+
+@torch.inference_mode()
+def prediction_error(model: CDiffSET, name: str, study: Study) -> float:
+    """How wrong the network is on the held-out pairs: the mean squared error of its prediction at train.py's four
+    timesteps, with the same noise for all models; of a regression, the mean absolute error of the latent.
+    """
+    errors = []
+    for numbers, sar, eo in batches(study):
+        with precision(study.args.device, study.args.dtype):
+            z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
+            if ARMS[name].loss == "l1":
+                errors.append((regress(model.unet, model, sar) - z_eo).abs().mean(dim=(1, 2, 3)))
+            else:
+                squared = [noise_error(model, z_sar, z_eo, t, numbers)[0] for t in BANDS]
+                errors.append(torch.stack(squared).mean(dim=(0, 2, 3, 4)))
+    return float(torch.cat(errors).mean())
+
+
+def translating(model: CDiffSET, samples: int = 1) -> Callable[[Tensor, range], Tensor]:
+    """`score`'s make(): the mean of so many translations, each from its own noise."""
+
+    def make(sar: Tensor, numbers: range) -> Tensor:
+        made = [model.translate(sar, seed=[i * samples + k for i in numbers], **SAMPLING)[0] for k in range(samples)]
+        return torch.stack(made).mean(dim=0)
+
+    return make
+
+
+@torch.inference_mode()
+def score(study: Study, make: Callable[[Tensor, range], Tensor]) -> dict[str, float]:
+    """The scores of make(SAR images (B, 3, H, W), their numbers) -> EO images in [-1, 1], over the held-out pairs."""
+    rows = []
+    for numbers, sar, eo in batches(study):
+        with precision(study.args.device, study.args.dtype):
+            made = make(sar, numbers).float().clamp(-1, 1).cpu()
+        rows += score_images(made, eo.cpu(), [study.held_out[i] for i in numbers])
+    return summary(rows)
+
+
+def score_images(made: Tensor, truth: Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    """The metrics of each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries. Where there are masks, also the sum
+    of the squared errors (mean of the channels, in levels of 0..255) and the number of pixels of each kind of change.
+    """
+    columns = {name: metric(made / 2 + 0.5, truth / 2 + 0.5).tolist() for name, metric in METRICS.items()}
+    rows, size = [], made.shape[-1]
+    for i, pair in enumerate(pairs):
+        row: dict[str, Any] = {name: values[i] for name, values in columns.items()}
+        if mask_path(pair, "class"):
+            row["land_cover"] = land_cover_agreement(to_uint8(made[i]), read_mask(pair, "class", size))
+        if mask_path(pair, "change"):
+            change = read_mask(pair, "change", size)
+            squares = np.square(127.5 * (made[i] - truth[i]).numpy()).mean(axis=0)
+            for name, kind in CHANGES.items():
+                row[f"rmse_{name}"] = float(squares[change == kind].sum()), int((change == kind).sum())
+        rows.append(row)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the images; the RMSE is over all pixels of its kind, and left out where there are none."""
+    result = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows], dtype=np.float64)
+        if values.ndim == 1:
+            result[name] = float(values.mean())
+        elif values[:, 1].any():
+            total, pixels = values.sum(axis=0)
+            result[name] = float(np.sqrt(total / pixels))
+    return result

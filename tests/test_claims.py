@@ -1,0 +1,186 @@
+"""claims.py and study.py: what is compared with what, the scores, and every command on a small dataset."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import claims
+import report
+import study
+from cdiffset import CDiffSET
+from data import PairDataset, find_pairs
+from evaluate import METRICS
+from study import ARMS, start
+
+
+def test_the_frechet_distance_of_shifted_and_stretched_latents():
+    z = torch.randn(50, 4, 16, 16)
+    assert claims.frechet(z, z) == 0
+    assert claims.frechet(z, z + 0.5) == pytest.approx(4 * 0.25, rel=1e-4)
+    deviations = z.std(dim=(0, 2, 3))
+    assert claims.frechet(z, 3 * (z - z.mean(dim=(0, 2, 3), keepdim=True))) == pytest.approx(
+        float((4 * deviations**2 + z.mean(dim=(0, 2, 3)) ** 2).sum()), rel=1e-4
+    )
+
+
+def test_the_correlation_knows_neither_shift_nor_scale_of_a_channel():
+    z = torch.randn(5, 4, 8, 8)
+    assert claims.correlation(z, z * torch.tensor([1, 2, 3, 4.0])[:, None, None] + 7) == pytest.approx(1, abs=1e-5)
+    assert claims.correlation(z, -z) == pytest.approx(-1, abs=1e-5)
+    assert abs(claims.correlation(z, torch.randn(5, 4, 8, 8))) < 0.2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def test_the_pretrained_arms_start_from_the_base_and_the_scratch_arm_from_its_seed(base):
+    theirs = CDiffSET.from_pretrained(base).unet.state_dict()
+    ours = start(base, ARMS["cdiff"], 0).unet.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    scratch, again, other = (start(base, ARMS["scratch"], seed).unet.state_dict() for seed in (0, 0, 1))
+    name = "mid_block.resnets.0.conv1.weight"
+    assert scratch[name].shape == theirs[name].shape and not torch.equal(scratch[name], theirs[name])
+    assert torch.equal(scratch[name], again[name]) and not torch.equal(scratch[name], other[name])
+
+
+def test_all_arms_share_the_vae_and_have_the_channels_that_they_need(base):
+    channels = {"cdiff": (8, 5), "scratch": (8, 5), "mse": (8, 4), "regression": (4, 4)}
+    models = {name: start(base, arm, 0) for name, arm in ARMS.items()}
+    for name, model in models.items():
+        assert (model.unet.conv_in.in_channels, model.unet.conv_out.out_channels) == channels[name]
+        assert torch.equal(model.vae.encoder.conv_in.weight, models["cdiff"].vae.encoder.conv_in.weight)
+
+
+def test_a_trained_model_is_no_base(base, tmp_path):
+    CDiffSET.from_pretrained(base).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="--base is a model to start from"):
+        start(tmp_path / "model", ARMS["cdiff"], 0)
+
+
+def test_the_regression_learns_the_eo_latent_from_the_sar_latent(base):
+    model, images = start(base, ARMS["regression"], 0), torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    z_sar, z_eo = (model.encode(x) for x in images)
+    expected = (model.unet(z_sar, 0, model.prompt_embedding) - z_eo).abs().mean()
+    assert torch.isclose(study.regression_loss(model)(model.unet, list(images), [0, 1]), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_the_error_is_told_apart_by_what_changed(dataset):
+    pairs = [pair for pair in find_pairs(dataset).pairs if study.read_mask(pair, "change").any()][:2]
+    truth = torch.stack([PairDataset(pairs, 64, train=False)[i][1] for i in (0, 1)])
+    change = torch.from_numpy(np.stack([study.read_mask(pair, "change") for pair in pairs]).astype(np.float32))
+    wrong = truth + torch.where(change == 0, 0.1, torch.where(change == 1, 0.2, 0.3))[:, None]  # of a range of 2
+    summary = study.summary(study.score_images(wrong, truth, pairs))
+    for name, value, error in (("unchanged", 0, 0.1), ("sar_only", 1, 0.2), ("eo_only", 2, 0.3)):
+        if (change == value).any():
+            assert summary[f"rmse_{name}"] == pytest.approx(127.5 * error, rel=1e-4)
+        else:
+            assert f"rmse_{name}" not in summary
+    assert summary["psnr"] == pytest.approx(float(METRICS["psnr"](wrong / 2 + 0.5, truth / 2 + 0.5).mean()))
+
+
+def test_a_root_of_squares_is_taken_over_all_pixels_and_not_image_by_image():
+    rows = [{"rmse_eo_only": (100.0, 1), "psnr": 10.0}, {"rmse_eo_only": (0.0, 3), "psnr": 20.0}]
+    assert study.summary(rows) == {"rmse_eo_only": 5.0, "psnr": 15.0}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def check(claim, dataset, base, tmp_path, *more):
+    """Runs a command: -> its results, the table it wrote."""
+    pytest.importorskip("matplotlib")
+    arguments = [claim, "--base", str(base), "--out", str(tmp_path / "results"), "--seeds", "0", "1", "--limit", "2"]
+    arguments += ["--size", "64", "--device", "cpu", "--data", str(dataset), *more]
+    assert claims.main(arguments) == 0
+    stem = tmp_path / "results" / f"claims-{claim}"
+    assert 1000 < stem.with_suffix(".png").stat().st_size < 60_000
+    result = json.loads(stem.with_suffix(".json").read_text())
+    assert result["command"].startswith(f"python claims.py {claim} --base") and result["settings"]["seeds"] == [0, 1]
+    table = stem.with_suffix(".md").read_text()
+    assert result["command"] in table and result["machine"] in table
+    for row in result["results"].values():
+        for name, values in row.items():
+            assert all(map(math.isfinite, values))
+            assert claims.cell(values) in table or (name.startswith("rmse") and claim != "loss")
+    return result["results"]
+
+
+def training(tmp_path):
+    return "--train-steps", "2", "--batch-size", "2", "--runs", str(tmp_path / "runs")
+
+
+def test_vae_measures_reconstruction_and_latents_by_looks(dataset, base, tmp_path):
+    results = check("vae", dataset, base, tmp_path)
+    assert list(results) == ["no speckle", "8 looks", "4 looks", "2 looks", "1 look", "floor"]
+    assert results["1 look"]["psnr_speckled"][0] < results["8 looks"]["psnr_speckled"][0]
+    assert results["1 look"]["correlation"][0] < results["8 looks"]["correlation"][0]
+
+
+def test_trainings_are_made_once_and_shared_unless_settings_differ(dataset, base, tmp_path):
+    more = training(tmp_path)
+    first = check("pretraining", dataset, base, tmp_path, *more)
+    assert list(first) == ["C-Diff, pretrained", "C-Diff, from scratch"]
+    log = tmp_path / "runs" / "cdiff-0" / "log.csv"
+    before = log.read_text()
+    second = check("loss", dataset, base, tmp_path, *more)
+    assert log.read_text() == before, "its speeds are those of the first time"
+    assert {path.name for path in log.parents[1].iterdir()} == {
+        f"{a}-{s}" for a in ("cdiff", "mse", "scratch") for s in (0, 1)
+    }
+    assert second["C-Diff, pretrained"] == first["C-Diff, pretrained"]
+    assert {"rmse_unchanged", "prediction_error"} < set(second["L2, pretrained"])
+    with pytest.raises(ValueError, match="made with other settings"):
+        check("pretraining", dataset, base, tmp_path, *more, "--lr", "1e-5")
+
+
+def test_a_training_that_a_signal_stops_ends_the_command_with_its_code(dataset, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "fit", lambda *_, **__: 130)
+    with pytest.raises(SystemExit) as stop:
+        check("pretraining", dataset, base, tmp_path, *training(tmp_path))
+    assert stop.value.code == 130
+    assert not (tmp_path / "results" / "claims-pretraining.json").exists()
+
+
+def test_regression_stands_beside_diffusion_and_the_look_up(dataset, base, tmp_path):
+    results = check("regression", dataset, base, tmp_path, *training(tmp_path))
+    assert list(results) == [ARMS["regression"].title, claims.ONE_SAMPLE, claims.MEAN_OF_SAMPLES, claims.LOOK_UP]
+    # untrained, a sample is noise, and the mean of several is nearer to anything
+    assert results[claims.MEAN_OF_SAMPLES]["psnr"][0] > results[claims.ONE_SAMPLE]["psnr"][0]
+    assert len(results[claims.LOOK_UP]["psnr"]) == 1
+
+
+def test_steps_are_counted_for_both_spacings(dataset, base, tmp_path, monkeypatch):
+    CDiffSET.from_pretrained(base).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(claims, "STEPS", (1, 3))
+    results = check("steps", dataset, base, tmp_path, "--model", str(tmp_path / "model"))
+    assert list(results) == ["leading, 1", "leading, 3", "trailing, 1", "trailing, 3"]
+    assert all(row["seconds"][0] > 0 and row["psnr"][0] != row["psnr"][1] for row in results.values())
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        claims.main(["vae"])
+
+
+def test_where_there_is_no_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert report.commit() is None
+    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="\n"))
+    assert report.commit() is None
+
+
+def test_one_value_has_no_spread():
+    assert claims.cell([12.375]) == "12.38"
+    assert claims.cell([0.1, 0.3]) == "0.200 ± 0.141"
