@@ -107,21 +107,28 @@ def run(main: Callable[..., int], *arguments, **options) -> tuple[int, str]:
 
 
 def run_with_kills(
-    main: Callable[..., int], undisturbed: list[str], arguments: list[str], kills: int, share: float, seed: int = 0
+    main: Callable[..., int],
+    undisturbed: list[str],
+    arguments: list[str],
+    kills: int,
+    share: float,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs main(undisturbed), then main(arguments) with `kill -9` at random moments, resuming each time, to its end.
 
     The moments lie in the first `share` of the time that the first run took, so that they strike on every machine.
+    After each, `check` may look at what is there.
     """
     began = time.monotonic()
     code, line = run(main, undisturbed)
     assert code == 0, line
-    took, moments, struck = time.monotonic() - began, random.Random(seed), 0
+    took, moments, struck = time.monotonic() - began, random.Random(0), 0
     for _ in range(kills):
         process = Forked(main, [*arguments, "--resume"])
         time.sleep(moments.uniform(0, share * took))
         process.signal(signal.SIGKILL)
         struck += process.wait()[0] == -signal.SIGKILL
+        check()
     code, line = run(main, [*arguments, "--resume"])
     assert code == 0, line
     print(f"\nundisturbed {took:.1f} s; killed {struck} times {time.monotonic() - began - took:.1f} s", end=" ")

@@ -1,15 +1,31 @@
-"""Kills a training and a cache 20 times each by `kill -9` at random moments: they end as if left alone.
+"""The long tests: kills by `kill -9` at random moments, full and read-only disks, thousands of steps and images.
 
     python -m pytest tests/soak.py -s
 
-Takes minutes, so it is not part of the tests, which kill a few times.
+They take some ten minutes, so they are not part of the tests, which kill a few times. What is killed ends as if left
+alone; what was there stays whole; memory and open files stay flat. Full disks need root, to mount one in memory.
 """
 
 import csv
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import assert_same_tensors, run_with_kills
+import torch
+from bad_images import rasterio
+from conftest import Forked, assert_same_tensors, run, run_with_kills, tensors_under
+from hostile import noise, save
+from test_safety import geotiff
 
+import sample
 import train
 from cache import build_cache
 from cdiffset import CDiffSET
@@ -17,6 +33,7 @@ from data import PairDataset, find_pairs
 from synth import write_dataset
 
 KILLS = 20
+STEPS, IMAGES, GROWTH = 3000, 1500, 16e6  # of the long runs; bytes that they may grow after the first third
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +43,26 @@ def pairs(tmp_path_factory):
     return PairDataset(find_pairs(folder).pairs, 64)
 
 
+def options_of(pairs: PairDataset, base: Path, options: str) -> list[str]:
+    """A small training."""
+    data = pairs.pairs[0].sar.parents[2]
+    small = "--validate-images 2 --validate-steps 2 --device cpu"
+    return f"--data {data} --model {base} {small} {options}".split()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files below a folder but hidden ones, by name."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Kills
+
+
 def test_a_training_killed_20_times_equals_one_left_alone(pairs, base, tmp_path):
-    options = "--size 64 --steps 120 --batch-size 4 --workers 1 --ema 0.9 --device cpu --save-every 3 --keep 3"
-    options = [*options.split(), "--validate-every", "25", "--validate-images", "2", "--validate-steps", "2"]
-    options += ["--data", str(pairs.pairs[0].sar.parents[2]), "--model", str(base), "--cache", str(tmp_path / "cache")]
+    options = "--size 64 --steps 120 --batch-size 4 --workers 1 --ema 0.9 --save-every 3 --keep 3 --validate-every 25"
+    options = options_of(pairs, base, f"{options} --cache {tmp_path / 'cache'}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_with_kills(train.main, [*options, "--out", str(whole)], [*options, "--out", str(killed)], KILLS, share=1 / 6)
     assert_same_tensors(killed, whole)
@@ -49,3 +82,187 @@ def test_a_cache_killed_20_times_equals_one_left_alone(pairs, base, tmp_path):
 
     run_with_kills(fill, ["whole"], ["killed"], KILLS, share=1 / 6)
     assert (tmp_path / "killed" / "latents.bin").read_bytes() == (tmp_path / "whole" / "latents.bin").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["folder", "scene"])
+def test_sampling_killed_20_times_leaves_whole_results_only(trained, tmp_path, kind):
+    if kind == "scene":
+        pytest.importorskip("rasterio")
+        (tmp_path / "in").mkdir()
+        geotiff(tmp_path / "in" / "s.tif", side=200)
+    else:
+        for i in range(30):
+            save(tmp_path / "in" / f"{i:02}.png", noise(64, 48, seed=i))
+    options = [str(tmp_path / "in"), "--model", str(trained), "--steps", "6", "--tile", "64"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def translate(arguments: list[str]) -> int:
+        return sample.main([argument for argument in arguments if argument != "--resume"])
+
+    def check() -> None:
+        expected = contents(whole)
+        assert all(content == expected[name] for name, content in contents(killed).items())
+
+    first, second = ([*options, "--out", str(out)] for out in (whole, killed))
+    run_with_kills(translate, first, second, KILLS, share=0.9, check=check)
+    assert contents(killed) == contents(whole) and len(contents(whole)) == (2 if kind == "scene" else 60)
+
+
+def test_a_model_saved_over_and_killed_20_times_is_always_one_of_the_two(base, tmp_path):
+    models = [CDiffSET.from_pretrained(base) for _ in range(2)]
+    for p in models[1].unet.parameters():
+        p.data += 1
+    models[0].save_pretrained(tmp_path / "model")
+
+    def save_for_ever() -> None:
+        while True:
+            for model in models[::-1]:
+                model.save_pretrained(tmp_path / "model")
+
+    seen = set()
+    for moment in np.random.default_rng(0).uniform(0, 0.5, KILLS):
+        process = Forked(save_for_ever)
+        time.sleep(moment)
+        process.signal(9)
+        assert process.wait()[0] == -9
+        loaded = CDiffSET.from_pretrained(tmp_path / "model").unet.state_dict()
+        same = [all(torch.equal(loaded[k], v) for k, v in model.unet.state_dict().items()) for model in models]
+        assert sum(same) == 1
+        seen.add(same.index(True))
+    assert seen == {0, 1}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Disks
+
+
+@contextmanager
+def disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
+    """A disk of so many bytes, in memory, at this folder; -> a function that mounts it anew with other options."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_training_goes_on_after_its_disk_was_full_and_after_it_was_read_only(pairs, base, tmp_path):
+    options = options_of(
+        pairs, base, "--size 16 --steps 12 --batch-size 2 --workers 1 --save-every 2 --validate-every 4"
+    )
+    whole = tmp_path / "whole"
+    assert run(train.main, [*options, "--out", str(whole)])[0] == 0
+    room = max(path.stat().st_size for path in (whole / "checkpoint").iterdir()) * 5 // 2
+    room += sum(len(content) for name, content in contents(whole).items() if not name.startswith("checkpoint"))
+    with disk(tmp_path / "disk", room) as remount:
+        out = tmp_path / "disk" / "run"
+        code, line = run(train.main, [*options, "--out", str(out)])
+        assert code == 2 and "No space left on device" in line and "--resume" in line, line
+        assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+        before = contents(out)
+        remount("ro")
+        code, line = run(train.main, [*options, "--out", str(out), "--resume"])
+        assert code == 2 and "Read-only file system" in line and contents(out) == before, line
+        remount(f"rw,size={10 * room}")
+        assert run(train.main, [*options, "--out", str(out), "--resume"])[0] == 0
+        assert_same_tensors(out, whole)
+
+
+def test_a_cache_goes_on_after_its_disk_was_full(pairs, base, tmp_path):
+    def fill(folder: Path) -> None:
+        build_cache(CDiffSET.from_pretrained(base), pairs, folder)
+
+    assert run(fill, tmp_path / "whole")[0] == 0
+    size = (tmp_path / "whole" / "latents.bin").stat().st_size
+    with disk(tmp_path / "disk", size * 2):
+        process = Forked(fill, tmp_path / "disk" / "cache")
+        file = tmp_path / "disk" / "cache" / "latents.bin"
+        while not file.exists() or not file.stat().st_size:
+            time.sleep(0.001)
+        with (tmp_path / "disk" / "other").open("ab") as other, suppress(OSError):  # somebody else fills it
+            while True:
+                other.write(bytes(2**16))
+                other.flush()
+        code, line = process.wait()
+        assert code == 2 and "No space left on device" in line and "goes on from pair" in line, line
+        (tmp_path / "disk" / "other").unlink()
+        assert run(fill, tmp_path / "disk" / "cache")[0] == 0
+        assert file.read_bytes() == (tmp_path / "whole" / "latents.bin").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_sampling_to_a_full_or_read_only_disk_leaves_what_was_there(trained, tmp_path, kind):
+    if kind == "tif" and not rasterio:
+        pytest.skip("rasterio is not installed")
+    path = tmp_path / f"a.{kind}"
+    save(path, noise(200, 200)) if kind == "png" else geotiff(path, side=200)
+    options = [str(path), "--model", str(trained), "--steps", "1", "--tile", "64"]
+    with disk(tmp_path / "disk", 2**20) as remount:
+        out = tmp_path / "disk" / "out"
+        assert run(sample.main, [*options, "--out", str(out)])[0] == 0
+        before = contents(out)
+        used = sum(map(len, before.values()))
+        remount(f"size={used // 4096 * 4096 + 2**16}")
+        for words in ("", "Read-only"):
+            process = Forked(sample.main, [*options, "--out", str(out), "--seed", "1"])
+            text = process.output
+            code, line = process.wait()
+            assert code == 2 and line == "1 of 1 failed, see above" and not text.exists(), (words, line)
+            assert contents(out) == before and not list(out.glob(".*"))
+            remount("ro")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Long runs
+
+
+def state_of(process: Forked) -> tuple[int, int]:
+    """Bytes in memory and open files of a process."""
+    folder = Path("/proc") / str(process.process.pid)
+    memory = int(re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())[1]) * 1024
+    return memory, len(list((folder / "fd").iterdir()))
+
+
+def check_flat(process: Forked, done: Callable[[], int], total: int) -> None:
+    """Watches a process from a third of its work to the end: its memory and its open files stay as they are."""
+    seen = []
+    while process.process.is_alive():
+        count = done()
+        try:
+            seen.append((count, *state_of(process)))
+        except (OSError, TypeError):  # it just ended
+            break
+        time.sleep(0.05)
+    code, line = process.wait()
+    assert code == 0 and done() == total, line
+    early, late = ([s[1:] for s in seen if a <= s[0] / total < b] for a, b in ((0.33, 0.43), (0.9, 1)))
+    memory = [statistics.median(m for m, _ in part) for part in (early, late)]
+    files = [max(f for _, f in part) for part in (early, late)]
+    print(f"\n{total}: {memory[0] / 1e6:.1f} -> {memory[1] / 1e6:.1f} MB, {files[0]} -> {files[1]} open files", end=" ")
+    assert memory[1] - memory[0] < GROWTH and files[1] <= files[0]
+
+
+def test_thousands_of_steps_take_no_more_memory_and_files_than_the_first_thousand(pairs, base, tmp_path):
+    options = f"--size 16 --steps {STEPS} --batch-size 2 --workers 1 --ema 0.99 --save-every 100 --validate-every 100"
+    process = Forked(train.main, [*options_of(pairs, base, options), "--out", str(tmp_path / "run")])
+    log = tmp_path / "run" / "log.csv"
+    check_flat(process, lambda: log.read_text().count("\n") - 1 if log.exists() else 0, STEPS)
+    assert all(tensor.isfinite().all() for tensor in tensors_under(tmp_path / "run").values())
+
+
+def test_thousands_of_images_take_no_more_memory_and_files_than_the_first(trained, tmp_path):
+    first = save(tmp_path / "in" / "0.png", noise(24, 24))
+    if rasterio:
+        geotiff(tmp_path / "in" / "g0.tif", side=40)
+    for i in range(1, IMAGES):
+        if rasterio and i % 10 == 0:
+            shutil.copy(tmp_path / "in" / "g0.tif", tmp_path / "in" / f"g{i}.tif")
+        else:
+            shutil.copy(first, tmp_path / "in" / f"{i}.png")
+    total, out = len(list((tmp_path / "in").iterdir())), tmp_path / "out"
+    options = [str(tmp_path / "in"), "--model", str(trained), "--steps", "1", "--tile", "32", "--batch-size", "4"]
+    process = Forked(sample.main, [*options, "--out", str(out)])
+    check_flat(process, lambda: len(list(out.glob("[!.]*_confidence.*"))) if out.exists() else 0, total)

@@ -232,6 +232,23 @@ def test_a_signal_that_comes_twice_at_once_counts_once_and_a_later_one_ends_the_
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_twice_ends_a_step_that_takes_long_and_the_last_checkpoint_serves(tmp_path, whole):
+    def long(network, batch, positions):
+        time.sleep(60 if positions[0] // 4 == 4 else 0)
+        return squares(network, batch, positions)
+
+    out = tmp_path / "run"
+    process = Forked(lambda: script(out, loss=long, ema=0.9, workers=2))
+    wait_for_step(out, 4)
+    process.signal(signal.SIGINT, group=True)
+    time.sleep(1.5)
+    assert process.process.is_alive()
+    process.signal(signal.SIGINT, group=True)
+    assert process.wait()[0] == 130 and [path.stem for path in checkpoints(out)] == ["00000003"]
+    assert run(lambda: script(out, ema=0.9, resume=True))[0] == 0
+    assert_same_end(out, whole)
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_nothing_half_written(tmp_path):
     out = tmp_path / "run"
     run(lambda: script(out, loss=until_step(4), save_every=2))
