@@ -81,7 +81,7 @@ PICTURES = {  # layout: some SAR images, their EO images, the scenes
     "SAR2Opt": (
         ["testA/3 b.png", "trainA/x.png"],
         ["testB/3 b.png", "trainB/x.png"],
-        ["3 b", "x"],
+        ["test_3 b", "train_x"],
     ),
     "sar/ and eo/": (
         ["sar/more/b.JPG", "sar/ü.png"],
