@@ -50,7 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KINDS = ("eo", "confidence", "spread")  # results are called NAME_eo.png, ...
 EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)  # may go wrong with a file; others are bugs
 SHEET_ROWS = 8
-DEFAULT_STEPS, DEFAULT_SPACING = 50, "leading"  # the paper's; evaluate.py's too
+DEFAULT_STEPS, DEFAULT_SPACING = 10, "trailing"  # chosen by results/claims-steps.md; evaluate.py's too
 
 # Parts of an image at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
 Parts = Iterable[tuple[int, int, Tensor, Tensor | None]]

@@ -48,7 +48,7 @@ def model(tmp_path_factory):
 def test_a_local_mean_is_the_mean_of_49_pixels():
     image = torch.rand(2, 3, 20, 30)
     expected = image[1, :, 5:12, 8:15].mean()
-    assert torch.isclose(evaluate.local_mean(image)[1, 8, 11], expected, atol=1e-6)
+    assert torch.isclose(yardsticks.local_mean(image)[1, 8, 11], expected, atol=1e-6)
 
 
 def test_the_look_up_recovers_colours_that_the_sar_level_determines():
