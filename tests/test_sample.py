@@ -106,7 +106,7 @@ def test_a_file_gets_the_pixels_of_translate(run, model_path, tmp_path, name, op
     stem = Path(name).stem
     assert code == 0 and not err and names(tmp_path) == {name, f"{stem}_eo.png", f"{stem}_confidence.png"}
     assert out == [f"wrote {f'{stem}_eo.png'!r}, {f'{stem}_confidence.png'!r}"]
-    eo, confidence = CDiffSET.from_pretrained(model_path).translate(read_sar(path)[None], 2, 3)
+    eo, confidence = CDiffSET.from_pretrained(model_path).translate(read_sar(path)[None], 2, 3, sample.DEFAULT_SPACING)
     assert np.array_equal(pixels(tmp_path / f"{stem}_eo.png"), to_uint8(eo[0]))
     assert np.array_equal(pixels(tmp_path / f"{stem}_confidence.png"), confidence_picture(confidence[0]))
 
@@ -174,7 +174,9 @@ def test_a_large_picture_is_translated_as_a_scene(run, model_path, tmp_path):
     assert run("a.png", "--tile", 32)[0] == 0
     sar, model = read_sar(path), CDiffSET.from_pretrained(model_path)
     result = pixels(tmp_path / "a_eo.png")
-    for top, left, eo, _ in scene.translate_scene(model, lambda a, b, c, d: sar[:, a:b, c:d], 70, 50, 32, 2):
+    for top, left, eo, _ in scene.translate_scene(
+        model, lambda a, b, c, d: sar[:, a:b, c:d], 70, 50, 32, 2, spacing=sample.DEFAULT_SPACING
+    ):
         part = to_uint8(eo[0])
         assert np.array_equal(result[top:, left:][: part.shape[0], : part.shape[1]], part)
 
@@ -273,7 +275,9 @@ def test_confidence_is_absolute_in_geotiffs(run, model_path, tmp_path):
     rasterio = pytest.importorskip("rasterio")
     path = save_geotiff(tmp_path / "s.tif")
     assert run("s.tif")[0] == 0
-    _, expected = CDiffSET.from_pretrained(model_path).translate(read_sar(path)[None], 2)
+    _, expected = CDiffSET.from_pretrained(model_path).translate(
+        read_sar(path)[None], 2, spacing=sample.DEFAULT_SPACING
+    )
     with rasterio.open(tmp_path / "s_confidence.tif") as file:
         assert np.allclose(file.read(1)[10:], expected[0, 0, 10:], atol=1e-5)
 
