@@ -382,10 +382,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows = []
     with tqdm(total=args.rounds * (len(CEILINGS) + sum(map(len, tasks.values()))), unit="turn") as bar:
-        limits = {
-            name: result["flops"] / min(result["seconds"])
-            for name, result in take_turns(CEILINGS, argparse.Namespace(**vars(args) | {"runs": 5}), bar).items()
-        }
+        reached = take_turns(CEILINGS, argparse.Namespace(**vars(args) | {"runs": 5}), bar)
+        if any("error" in result for result in reached.values()):
+            raise ValueError("out of memory while the machine's ceilings were measured: close other programs")
+        limits = {name: result["flops"] / min(result["seconds"]) for name, result in reached.items()}
         for task, contenders in tasks.items():
             args.batch_size = training_batch if task == "train" else 1
             rows += report(task, take_turns(contenders, args, bar), limits, 0 if task == "load" else args.batch_size)

@@ -4,8 +4,9 @@
 
 (Without flips, `train.py --no-flips`, one of them: an eighth of the time and of the disk.)
 
-A sample from the cache is the sample that `PairDataset` would have read and the model encoded, up to the rounding
-to float16. The cache is bound to the VAE, the files and the size by a fingerprint, and is resumed if interrupted.
+A sample from the cache is the sample that `PairDataset` would have read and the model encoded in float32, up to the
+rounding to float16. The cache is bound to the VAE, the files and the size by a fingerprint, and is resumed if
+interrupted.
 """
 
 import hashlib

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import synth
 from cdiffset import CDiffSET
-from cli import Parser, choose_device, positive, run
+from cli import Parser, choose_device, positive, run, seed_number
 from confidence import look_up_colours
 from data import evenly, find_pairs, held_out_pairs
 from evaluate import METRICS
@@ -36,7 +36,7 @@ from sample import load_model
 from study import ARMS, BATCH, Study, open_study, prediction_error, regress, score, train, translating
 from train import read_table
 from weights import write_json
-from yardsticks import sar_level
+from yardsticks import look_up
 
 LOOKS = (1, 2, 4, 8)
 CLEAN = 10_000  # looks: next to no speckle
@@ -192,9 +192,9 @@ def regression(args: argparse.Namespace, picture: Path) -> Results:
         painted = lambda sar, _, model=model: model.decode(regress(model.unet, model, sar))  # noqa: E731
         for measured, make in zip(rows.values(), (painted, translating(diffusion), translating(diffusion, SAMPLES))):
             measured.append(score(study, make))
-    look_up = score(study, lambda sar, _: colours[sar_level(sar.cpu())].movedim(-1, 1))
-    results = {name: collect(measured) for name, measured in rows.items()} | {LOOK_UP: collect([look_up])}
-    wanted = ["psnr", "ssim", *(["land_cover"] if "land_cover" in look_up else [])]
+    looked_up = score(study, lambda sar, _: look_up(colours, sar.cpu()))
+    results = {name: collect(measured) for name, measured in rows.items()} | {LOOK_UP: collect([looked_up])}
+    wanted = ["psnr", "ssim", *(["land_cover"] if "land_cover" in looked_up else [])]
     save_plot(picture, dots(results, wanted, TITLES, COLOURS), 2)
     return results
 
@@ -270,7 +270,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the base model, as pretrain.py writes (default: %(default)s)")
     add("--model", type=Path, default="models/tiny", metavar="DIR",
         help="the C-DiffSET model whose steps are counted (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    add("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add("--train-steps", type=positive, default=500, metavar="N", help="of each training (default: %(default)s)")
     add("--batch-size", type=positive, default=16, metavar="N", help="pairs a training step (default: %(default)s)")
     add("--lr", type=float, default=6e-4, help="peak learning rate (default: %(default)s)")
@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         notes.append(f"mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}")
     about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
     with atomic(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{table(results, args.claim)}\n{'; '.join(notes)}. {about}\n")
+        temporary.write_text(f"{table(results, args.claim)}\n{'; '.join(notes)}. {about}\n", encoding="utf-8")
     print(table(results, args.claim), end="")
     print(f"wrote {stem}.json, .md and .png")
     return 0

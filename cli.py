@@ -68,6 +68,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seed_number(text: str) -> int:
+    """An argparse type: a whole number from 0 to 2^32 - 1, which is all that torch's generator distinguishes."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise ValueError
+    return value
+
+
 def choose_device(name: str | None) -> str:
     """The device asked for, or "cuda" where there is one, else "cpu". Raises ValueError if it is not there."""
     import torch  # here, because scripts that need no torch start faster without

@@ -32,13 +32,13 @@ from tqdm import tqdm
 import report
 import synth
 from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
-from cli import Parser, choose_device, positive, run
+from cli import Parser, choose_device, positive, run, seed_number
 from data import Pair, center_crop, describe, evenly, find_pairs, held_out_pairs, mask_path, read_pair, seed_of
 from images import confidence_picture, grid, to_uint8
 from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
-from sample import load_model
+from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from weights import write_json
-from yardsticks import FITTED_ON, fit_colours, local_mean, sar_level
+from yardsticks import FITTED_ON, fit_colours, local_mean, look_up
 
 KINDS = {"only in SAR": 1, "only in EO": 2}  # values of the change masks
 UNCERTAINTY = "1 / confidence"
@@ -214,9 +214,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default="results/confidence", metavar="DIR", help="where to write (default: %(default)s)")
     add("--limit", type=positive, default=256, metavar="N",
         help="held-out pairs to look at, evenly chosen; all numbers are kept in memory (default: %(default)s)")
-    add("--steps", type=positive, default=50, help="denoising steps (default: %(default)s)")
-    add("--spacing", choices=("leading", "trailing"), default="leading", help="of the steps (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
+    add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s)")
+    add("--spacing", choices=("leading", "trailing"), default=DEFAULT_SPACING,
+        help="of the steps (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="of all noise (default: %(default)s)")
     add("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     # fmt: on
@@ -250,7 +251,7 @@ def measure(model: CDiffSET, pairs: list[Pair], colours: Tensor, masked: bool, a
             change = torch.from_numpy(np.stack([read_mask(pair, "change") for pair in batch]))
             classes = np.stack([read_mask(pair, "class") for pair in batch])
             found |= {"change": change, "objects": torch.from_numpy(np.isin(classes, (synth.ROOF, synth.SHIP)))}
-            expected = colours[sar_level(sar)].movedim(-1, 1)
+            expected = look_up(colours, sar)
             found |= {"gradient of EO": gradient(eo), "EO - colour look-up": local_mean((eo - expected).abs())}
         found |= {"SAR mean": local_mean(sar), "SAR deviation": deviation(sar), "gradient of generated": gradient(made)}
         found["error"] = ((made - eo) / 2).square().mean(dim=1)

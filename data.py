@@ -53,7 +53,7 @@ LAYOUTS = (  # name, SAR's kind, scene, pattern
     ("SEN1-2 by terrain", "s1", ("season", "n"), TERRAIN + r"\.png"),  # scenes lie in several terrains
     ("SEN12MS", "s1", ("season", "n"), SEN + r"\.tif"),
     ("QXS-SAROPT", "sar", ("name",), QXS),  # no scenes known: each image is one
-    ("SAR2Opt", "A", ("name",), SAR2OPT),
+    ("SAR2Opt", "A", ("split", "name"), SAR2OPT),
     ("SpaceNet6", "SAR-Intensity", ("strip",), SN6),  # a strip of flight; strips overlap a bit
     ("sar/ and eo/", "sar", ("name",), FOLDERS),
 )
@@ -159,10 +159,11 @@ def walk_files(root: str | Path) -> list[str]:
     return names
 
 
-def describe(found: Pairs, first: int = 3) -> list[str]:
+def describe(found: Pairs) -> list[str]:
     """What was found, in lines to print. Reads the first pairs, so it also says early what cannot be read."""
     scenes = len({pair.scene for pair in found.pairs})
     lines = [f"{found.layout}: {len(found.pairs):,} pairs in {scenes:,} scenes"]
+    first = 3
     for pair in found.pairs[:first]:
         sar, eo = (read_raster(path).bands for path in (pair.sar, pair.eo))
         sizes = [f"{a.shape[2]}x{a.shape[1]}, {a.shape[0]} band(s) of {a.dtype}" for a in (sar, eo)]
@@ -214,7 +215,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> 
 
 def held_out_pairs(pairs: list[Pair], model: Path) -> tuple[list[Pair], list[Pair], str]:
     """(training pairs, held-out pairs, where the split comes from). Raises ValueError if split.json does not fit."""
-    file = model.parent / "split.json"
+    file = model.resolve().parent / "split.json"
     if not file.is_file():
         return *split_pairs(pairs), "the split of seed 0"
     try:
@@ -229,7 +230,8 @@ def held_out_pairs(pairs: list[Pair], model: Path) -> tuple[list[Pair], list[Pai
 
 def evenly(pairs: Sequence[Pair], number: int) -> list[Pair]:
     """At most `number` of the pairs, spread over all of them."""
-    return list(pairs[:: max(1, len(pairs) // number)][:number])
+    number = min(number, len(pairs))
+    return [pairs[i * len(pairs) // number] for i in range(number)]
 
 
 def seed_of(*parts: object) -> int:

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from cache import network_digest
 from cdiffset import pad_to_multiple
 from checkpoint import exclusive
-from cli import Parser, choose_device, machine, positive, run
+from cli import Parser, choose_device, machine, positive, run, seed_number
 from data import (
     Pair,
     PairDataset,
@@ -65,7 +65,7 @@ from images import confidence_picture, grid, read_eo, save_image, to_uint8
 from metrics import frechet_distance, load_inception, load_lpips, psnr, scc, ssim, what_is_missing
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from weights import write_json
-from yardsticks import FITTED_ON, fit_colours, land_cover_agreement, sar_level
+from yardsticks import FITTED_ON, fit_colours, land_cover_agreement, look_up
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
 STANDARD = {"limit": None, "batch_size": 8, "steps": DEFAULT_STEPS, "spacing": DEFAULT_SPACING}
@@ -118,7 +118,7 @@ def of_model(args: argparse.Namespace, device: str, out: Path) -> Work:
         decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit).to(device))).float().clamp(-1, 1)
         return {
             "mean image": mean[:, None, None].expand_as(eo),
-            "colour look-up": colours[sar_level(sar)].movedim(-1, 1),
+            "colour look-up": look_up(colours, sar),
             "VAE": decoded[:, :, : eo.shape[2], : eo.shape[3]].cpu(),
             "model": made.cpu(),
         }
@@ -192,7 +192,9 @@ def stack(images: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
     """[(A, B), ...] -> the batch of As and the batch of Bs. Raises ValueError if the images have several sizes."""
     columns = list(zip(*images))
     if len({image.shape for column in columns for image in column}) > 1:
-        raise ValueError("the images have several sizes: cut them with --size, or score them with --batch-size 1")
+        raise ValueError(
+            "the images have several sizes: score them with --batch-size 1, or cut those of a dataset with --size"
+        )
     return [torch.stack(column) for column in columns]
 
 
@@ -260,7 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=positive, metavar="N", help="score N pairs, evenly chosen (default: all)")
     add("--steps", type=positive, help=f"denoising steps (default: {DEFAULT_STEPS})")
     add("--spacing", choices=("leading", "trailing"), help=f"of the steps (default: {DEFAULT_SPACING})")
-    add("--seed", type=int, help="image i starts from the noise of seed + i (default: 0)")
+    add("--seed", type=seed_number, help="image i starts from the noise of seed + i (default: 0)")
     add("--batch-size", type=positive, metavar="N", help=f"images at a time (default: {STANDARD['batch_size']})")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     # fmt: on

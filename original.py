@@ -13,7 +13,7 @@ from stored import Rule, Tensors, count, open_tensors, rename, some, strip
 # ----------------------------------------------------------------------------------------------------------
 # Names
 
-UNET, VAE, TEXT_1, TEXT_2 = PREFIXES = (
+PREFIXES = (
     "model.diffusion_model.",
     "first_stage_model.",
     "cond_stage_model.transformer.text_model.",  # SD 1.x: CLIP, by transformers' names

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cdiffset import CDiffSET
 from checkpoint import Settings, run_folder
-from cli import Parser, choose_device, positive, run
+from cli import Parser, choose_device, positive, run, seed_number
 from data import PairDataset, describe, find_pairs, split_pairs
 from loop import fit, sample_noise
 from scheduler import DDPMScheduler
@@ -152,7 +152,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="processes that read images (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="of split, weights, data order and noise (default: %(default)s)")
     add("--resume", action="store_true", help="go on with an interrupted run")
     # fmt: on
     return parser.parse_args(arguments)
@@ -174,6 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)
     embedding = torch.randn(1, TOKENS, CONTEXT)
     model = CDiffSET(vae, unet, embedding, DDPMScheduler(prediction_type=args.prediction_type))
+    if args.size % model.unit or args.vae_size % vae.factor:
+        raise ValueError(f"--size must be a multiple of {model.unit}, --vae-size of {vae.factor}, for these networks")
     if device.startswith("cuda"):
         model.to(memory_format=torch.channels_last)  # slower for narrow networks on a CPU
     model.to(device)

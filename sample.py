@@ -70,9 +70,11 @@ def find_images(argument: Path) -> dict[Path, Path]:
 def suffix_of_results(path: Path) -> str:
     """.tif for a GeoTIFF, .png for others, nothing for what cannot be read."""
     try:
-        return ".tif" if Source(path).placed else ".png"
+        source = Source(path, "linear")  # any scale will do to open it
     except EXPECTED:
         return ""  # translating it will say why
+    source.close()
+    return ".tif" if source.placed else ".png"
 
 
 def plan(arguments: list[Path], out: Path | None) -> tuple[list[tuple[Path, Path]], list[str]]:
@@ -148,8 +150,8 @@ def compile_unet(model: CDiffSET) -> None:
     side = 2 * model.unet.unit
     z = model.prompt_embedding.new_zeros(2, model.vae.config["latent_channels"], side, side)
     try:
-        with torch.inference_mode():
-            denoise(model.unet, z, z, 0, model.prompt_embedding)
+        with torch.inference_mode(), model.unet.keeping(model.prompt_embedding):  # as `translate` will call it
+            denoise(model.unet, z, z, 500, model.prompt_embedding)
     except TorchDynamoException as error:
         reason = one_line(str(error).split("\n\n")[0])  # and not the advice to developers that follows
         raise ValueError(f"--compile: torch.compile does not work here: {reason}") from error
@@ -402,7 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path, paths in translate_all(model, jobs, kinds, args, bar, fail):
             done[path] = {"sar": path} | paths
     if args.contact_sheet and done and rank == 0:
-        contact_sheet(args.contact_sheet, list(done.values())[:SHEET_ROWS], describe(args))
+        contact_sheet(args.contact_sheet, list(done.values())[:SHEET_ROWS], describe(args), args.scale, args.stretch)
     if len(done) == 1:
         print(f"wrote {', '.join(repr(str(paths[kind])) for paths in done.values() for kind in kinds)}")
     elif done:

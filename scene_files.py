@@ -180,13 +180,19 @@ def checksum(values: np.ndarray) -> int:
     return int(np.ascontiguousarray(values).view(np.uint8).sum(dtype=np.uint64))
 
 
-def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]) -> None:
-    """SAR | EO | confidence | spread, brought to one size. rows: the files, by kind."""
+def contact_sheet(
+    path: Path,
+    rows: list[dict[str, Path]],
+    about: dict[str, str],
+    scale: str = "auto",
+    stretch: tuple[float, float] | None = None,
+) -> None:
+    """SAR | EO | confidence | spread, brought to one size. rows: the files, by kind; SAR as it was translated."""
 
-    def small(path: Path) -> np.ndarray:
+    def small(kind: str, path: Path) -> np.ndarray:
         cell = np.full((SHEET_SIDE, SHEET_SIDE, 3), 255, np.uint8)
         try:
-            source = Source(path)
+            source = Source(path, scale, stretch) if kind == "sar" else Source(path, "linear")  # confidence is no dB
             picture = to_uint8(sar_image(source.overview(SHEET_SIDE), source.limits))
             source.close()
         except (ValueError, OSError, MemoryError):  # a confidence that is no-data everywhere, say
@@ -199,5 +205,5 @@ def contact_sheet(path: Path, rows: list[dict[str, Path]], about: dict[str, str]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     titles = {"sar": "SAR", "eo": "EO"}
-    pictures = [[small(file) for file in row.values()] for row in rows]
+    pictures = [[small(*file) for file in row.items()] for row in rows]
     save_image(path, grid(pictures, [titles.get(kind, kind) for kind in rows[0]]), about)

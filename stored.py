@@ -152,4 +152,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Writes a safetensors file atomically; makes the folder. Tensors may be on any device, in any memory format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{path}: cannot be written ({error})") from error

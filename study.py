@@ -23,7 +23,7 @@ from evaluate import METRICS
 from images import to_uint8
 from loop import fit, precision
 from report import BLUE, GREEN, ORANGE, PURPLE
-from train import BANDS, dataset_name, objective
+from train import MEASURED_AT, dataset_name, objective
 from unet import UNet
 from weights import build, open_model
 from yardsticks import land_cover_agreement
@@ -165,7 +165,7 @@ def prediction_error(model: CDiffSET, name: str, study: Study) -> float:
             if ARMS[name].loss == "l1":
                 errors.append((regress(model.unet, model, sar) - z_eo).abs().mean(dim=(1, 2, 3)))
             else:
-                squared = [noise_error(model, z_sar, z_eo, t, numbers)[0] for t in BANDS]
+                squared = [noise_error(model, z_sar, z_eo, t, numbers)[0] for t in MEASURED_AT]
                 errors.append(torch.stack(squared).mean(dim=(0, 2, 3, 4)))
     return float(torch.cat(errors).mean())
 

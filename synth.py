@@ -506,7 +506,8 @@ def write_dataset(out: Path, pairs: int, size: int = 256, seed: int = 0, looks: 
     about = {"pairs": pairs, "size": size, "seed": seed, "looks": looks, "patches in a scene": per_scene}
     about |= {"SAR 0 and 255, dB": DB_RANGE, "change": ["none", "only in SAR", "only in EO", "both"]}
     about |= {"class": [kind.name for kind in CLASSES], "colour not in SAR": [CLASSES[k].name for k in AMBIGUOUS]}
-    (out / "synth.json").write_text(json.dumps(about, indent=1) + "\n")  # last: where it is, all is there
+    with atomic(out / "synth.json") as temporary:  # last: where it is, all is there
+        temporary.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

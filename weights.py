@@ -289,7 +289,7 @@ def load_prompt_embedding(path: str | Path) -> Tensor | None:
 def save_model(
     folder: str | Path, vae: AutoencoderKL, unet: UNet, scheduler: DDPMScheduler, prompt_embedding: Tensor
 ) -> None:
-    """Writes a diffusers folder (layout 1) with the prompt embedding in place of a text encoder.
+    """Writes a diffusers folder with the prompt embedding in place of a text encoder.
 
     Every file is replaced atomically: a folder that is saved over stays loadable at any moment.
     """

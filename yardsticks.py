@@ -37,6 +37,11 @@ def fit_colours(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     return mean.float(), torch.where(number > 0, total / number.clamp(min=1), mean).float()
 
 
+def look_up(colours: Tensor, sar: Tensor) -> Tensor:
+    """The colour (LEVELS, 3) of each pixel's level: SAR images (B, 3, H, W) in [-1, 1] -> (B, 3, H, W)."""
+    return colours[sar_level(sar)].movedim(-1, 1)
+
+
 def land_cover_agreement(eo: np.ndarray, classes: np.ndarray) -> float:
     """Share of pixels whose nearest class colour is the true class's; roofs, of any colour, are left out.
 

@@ -1,5 +1,6 @@
 """data.py: layouts, splits without leaks, pixel formats, augmentation, and every way a file can be wrong."""
 
+import json
 import os
 import struct
 import sys
@@ -81,7 +82,7 @@ PICTURES = {  # layout: some SAR images, their EO images, the scenes
     "SAR2Opt": (
         ["testA/3 b.png", "trainA/x.png"],
         ["testB/3 b.png", "trainB/x.png"],
-        ["3 b", "x"],
+        ["test_3 b", "train_x"],
     ),
     "sar/ and eo/": (
         ["sar/more/b.JPG", "sar/ü.png"],
@@ -135,6 +136,30 @@ def test_geotiff_layouts_are_read_as_the_paper_says(tmp_path):
     reflectance[3], reflectance[2], reflectance[1] = 3000, 1500, 0  # red, green, blue
     eo = images.read_eo(geotiff(tmp_path / eos[0], reflectance))
     assert [float(c.unique()) for c in eo] == [1, 0, -1]
+
+
+@pytest.mark.parametrize("total, number", [(199, 100), (63, 32), (10, 3), (5, 9)])
+def test_a_choice_of_pairs_is_spread_over_all_of_them(total, number):
+    chosen = data.evenly(list(range(total)), number)
+    assert len(chosen) == len(set(chosen)) == min(total, number)
+    gaps = np.diff([*chosen, total])
+    assert chosen[0] == 0 and gaps.max() - gaps.min() <= 1
+
+
+def test_the_held_out_pairs_are_those_of_the_split_beside_the_model(tmp_path, monkeypatch):
+    """Also if both sides of SAR2Opt have equal names, and if the model is named from within."""
+    for name in ("trainA/1.png", "trainB/1.png", "testA/1.png", "testB/1.png"):
+        picture(tmp_path / name)
+    pairs = data.find_pairs(tmp_path).pairs
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    test = [pair.scene for pair in pairs if pair.split == "test"]
+    (model.parent / "split.json").write_text(json.dumps({"scenes": {"test": test}}))
+    monkeypatch.chdir(model)
+    for path in (model, Path()):
+        train, held_out, source = data.held_out_pairs(pairs, path)
+        assert [pair.split for pair in train] == ["train"] and [pair.split for pair in held_out] == ["test"]
+        assert source.endswith("split.json")
 
 
 def test_the_split_of_sar2opt_is_the_given_one(tmp_path):
