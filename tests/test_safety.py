@@ -45,6 +45,8 @@ def watch(folder: Path, may: frozenset[str] = frozenset()) -> None:
         os._exit(99)
 
     def hook(event: str, arguments: tuple) -> None:
+        if event == "subprocess.Popen" and arguments[1] == ["uname", "-p"]:
+            return  # how Python's platform module learns the kind of processor
         if event in FORBIDDEN - may:
             stop(event, arguments)
         paths = [path for path in arguments[:2] if isinstance(path, (str, bytes))] if event in WITH_PATHS else []

@@ -298,14 +298,16 @@ def test_a_second_run_into_a_folder_changes_nothing_there(command, whole):
 
 
 def spoil(dataset, kind):
-    """A copy's images, each made unusable; -> the part of the message that names the problem."""
+    """Makes a copy's images unusable, each at one stroke, since they are being read."""
     for path in dataset.rglob("*_s2_*.png" if kind == "sizes" else "*_s1_*.png"):
         if kind == "missing":
             path.unlink()
         elif kind == "damaged":
-            path.write_bytes(path.read_bytes()[:200])
+            path.with_suffix(".new").write_bytes(path.read_bytes()[:200])
+            path.with_suffix(".new").replace(path)
         else:
-            Image.new("RGB", (32, 40)).save(path)
+            Image.new("RGB", (32, 40)).save(path.with_suffix(".new"), "PNG")
+            path.with_suffix(".new").replace(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "damaged", "sizes"])
