@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ import report
 import synth
 from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
 from cli import Parser, choose_device, positive, run, seed_number
-from data import Pair, center_crop, describe, evenly, find_pairs, held_out_pairs, mask_path, read_pair, seed_of
+from data import Pair, describe, evenly, find_pairs, held_out_pairs, mask_path, read_mask, read_pair, seed_of
 from images import confidence_picture, grid, to_uint8
 from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
@@ -105,13 +104,6 @@ def calibration(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float | 
 
 # ----------------------------------------------------------------------------------------------------------
 # Scores
-
-
-def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
-    """synth.py's "change" or "class" mask of a pair, uint8 (H, W), or its central crop. It must be there."""
-    with Image.open(mask_path(pair, kind)) as image:
-        mask = np.asarray(image)
-    return center_crop(mask, size) if size else mask
 
 
 def look_up_colours(pairs: list[Pair]) -> Tensor:

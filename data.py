@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from images import read_eo, read_raster, read_sar
@@ -180,6 +182,13 @@ def mask_path(pair: Pair, kind: str) -> Path | None:
     folder, name = pair.eo.parent.name.replace("s2_", f"{kind}_"), pair.eo.name.replace("_s2_", f"_{kind}_")
     path = pair.eo.parent.parent / folder / name
     return path if path != pair.eo and path.is_file() else None
+
+
+def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
+    """synth.py's "change" or "class" mask of a pair, uint8 (H, W), or its central crop. It must be there."""
+    with Image.open(mask_path(pair, kind)) as image:
+        mask = np.asarray(image)
+    return center_crop(mask, size) if size else mask
 
 
 def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> tuple[list[Pair], list[Pair]]:

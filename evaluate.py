@@ -38,7 +38,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,6 +56,7 @@ from data import (
     held_out_pairs,
     mask_path,
     pair_folders,
+    read_mask,
     read_pair,
     seed_of,
 )
@@ -160,9 +160,8 @@ def score(
         columns["lpips"] = lpips(*(unit if paper else (images, truth))).tolist()
     for i, pair in enumerate(pairs):
         row = {name: values[i] for name, values in columns.items()}
-        if path := mask_path(pair, "class"):
-            with Image.open(path) as classes:
-                known = np.asarray(classes)
+        if mask_path(pair, "class"):
+            known = read_mask(pair, "class")
             if known.shape != images.shape[2:]:
                 known = center_crop(known, images.shape[3])
             row["land_cover"] = land_cover_agreement(to_uint8(images[i]), known)

@@ -14,19 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import evaluate
 from cache import network_digest
 from cdiffset import CDiffSET, add_variance_channel, widen_input
 from checkpoint import Settings, run_folder
-from confidence import noise_error, read_mask
-from data import Pair, PairDataset, evenly, find_pairs, mask_path, split_pairs
-from evaluate import METRICS
-from images import to_uint8
+from confidence import noise_error
+from data import Pair, PairDataset, evenly, find_pairs, mask_path, read_mask, split_pairs
 from loop import fit, precision
 from report import BLUE, GREEN, ORANGE, PURPLE
 from train import MEASURED_AT, dataset_name, objective
 from unet import UNet
 from weights import build, open_model
-from yardsticks import land_cover_agreement
 
 SAMPLING = {"steps": 10, "spacing": "trailing"}  # of what is scored, as in train.py's validation
 BATCH = 16  # images at a time, where nothing is trained
@@ -195,18 +193,13 @@ def score_images(made: Tensor, truth: Tensor, pairs: list[Pair]) -> list[dict[st
     """The metrics of each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries. Where there are masks, also the sum
     of the squared errors (mean of the channels, in levels of 0..255) and the number of pixels of each kind of change.
     """
-    columns = {name: metric(made / 2 + 0.5, truth / 2 + 0.5).tolist() for name, metric in METRICS.items()}
-    rows, size = [], made.shape[-1]
-    for i, pair in enumerate(pairs):
-        row: dict[str, Any] = {name: values[i] for name, values in columns.items()}
-        if mask_path(pair, "class"):
-            row["land_cover"] = land_cover_agreement(to_uint8(made[i]), read_mask(pair, "class", size))
+    rows: list[dict[str, Any]] = list(evaluate.score(made, truth, pairs))
+    for i, (row, pair) in enumerate(zip(rows, pairs)):
         if mask_path(pair, "change"):
-            change = read_mask(pair, "change", size)
+            change = read_mask(pair, "change", made.shape[-1])
             squares = np.square(127.5 * (made[i] - truth[i]).numpy()).mean(axis=0)
             for name, kind in CHANGES.items():
                 row[f"rmse_{name}"] = float(squares[change == kind].sum()), int((change == kind).sum())
-        rows.append(row)
     return rows
 
 
