@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, initial_noise, widen_input
 from checkpoint import Settings, State
-from cli import Parser, choose_device, machine, positive, run
+from cli import Parser, choose_device, keep_freed_memory, machine, positive, run
 from loop import add_gradients
 from metrics import psnr
 from sample import compile_unet, load_model
@@ -238,6 +238,7 @@ def measure(prepare: Callable[[argparse.Namespace], Run], args: argparse.Namespa
         if on_gpu(args):
             torch.cuda.synchronize()
 
+    keep_freed_memory()  # as all scripts do here; diffusers gains by it as well
     run = prepare(args)
     counter = nullcontext() if compiled else FlopCounterMode(display=False)  # it would be compiled as well
     with counter:

@@ -1,6 +1,7 @@
-"""What every script does alike: one-line errors with exit code 2, clean stops, the choice of the device, its name."""
+"""What every script does alike: one-line errors with exit code 2, clean stops, memory, the choice of the device."""
 
 import argparse
+import ctypes
 import platform
 import re
 import signal
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 # 128 + signal number, as shells report it
 INTERRUPTED, TERMINATED = 130, 143
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -21,6 +23,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     of ours and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that no encoding can print
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -32,6 +35,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         print(f"error: {'out of memory: ' * out_of_memory(error)}{one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep memory that tensors no longer need, for the next ones.
+
+    glibc gives large blocks back to the system, which clears every page when they are asked for again: on a CPU this
+    took a fifth of the time of sampling, and two fifths of that of training. Other C libraries have no such setting.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def out_of_memory(error: BaseException) -> bool:

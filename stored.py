@@ -23,7 +23,7 @@ MAPPED_MAX = 2**28  # bytes
 
 class File:
     """An opened safetensors file. It is mapped into memory, and pages that were read count as ours: it is mapped
-    anew whenever `MAPPED_MAX` bytes were read, so that the peak of memory is that of the model alone.
+    anew whenever `MAPPED_MAX` bytes were read, so that pages of which nothing is used any more can go.
     """
 
     def __init__(self, path: Path):
@@ -56,14 +56,16 @@ class Stored(NamedTuple):
     rows: slice | None = None
 
     def load(self, dtype: torch.dtype) -> Tensor:
-        """A copy in memory, in the dtype asked for. ValueError: unreadable, or no finite numbers."""
+        """The tensor in the dtype asked for: where that is the stored one, it lives in the mapped file, and nothing is
+        copied (writing to it changes memory alone). ValueError: unreadable, or no finite numbers.
+        """
         try:
             tensor = self.file.read(self.key, self.rows).reshape(self.shape)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.file.path}: {self.key} cannot be read ({error})") from error
         if not tensor.is_floating_point():
             raise ValueError(f"{self.file.path}: {self.key} is {tensor.dtype}: weights are floating-point numbers")
-        tensor = tensor.to(dtype, copy=True)
+        tensor = tensor.to(dtype)
         if not tensor.sum(dtype=torch.float32).isfinite():
             problem = f"has values that are not finite in {dtype}; is the file damaged?"
             raise ValueError(f"{self.file.path}: {self.key} {problem}")

@@ -25,7 +25,7 @@ import weights
 from cdiffset import CDiffSET
 from clip import CLIPTextModel
 from scheduler import DDPMScheduler
-from stored import File
+from stored import File, save_tensors
 from unet import UNet
 from vae import AutoencoderKL
 from weights import build, load_prompt_embedding, load_scheduler, open_model, open_unet, save_model
@@ -552,9 +552,8 @@ def test_opening_and_checking_reads_no_tensor(tmp_path, monkeypatch):
             build(UNet, parts["unet"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_network_is_filled_one_tensor_at_a_time(tmp_path, monkeypatch, dtype):
-    """While a tensor is read, no other holds on to the file: not even where no conversion copies it."""
+def test_a_network_is_filled_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """Where numbers are converted: while a tensor is read, no other holds on to the file."""
     last, files = [], []
     read = File.read
 
@@ -567,18 +566,23 @@ def test_a_network_is_filled_one_tensor_at_a_time(tmp_path, monkeypatch, dtype):
 
     monkeypatch.setattr(File, "read", watched)
     monkeypatch.setattr(stored, "MAPPED_MAX", 1_000_000)
-    path = weight_file(write_folder(tmp_path, "sd2", unet=cast("sd2", dtype)["unet"]), "unet")
+    half = cast("sd2", torch.float16)["unet"]
+    path = weight_file(write_folder(tmp_path, "sd2", unet=half), "unet")
     unet = build(UNet, open_model(tmp_path)["unet"])
-    assert_equal(unet.state_dict(), {key: tensor.float() for key, tensor in cast("sd2", dtype)["unet"].items()})
+    assert_equal(unet.state_dict(), {key: tensor.float() for key, tensor in half.items()})
     assert 3 < len(set(map(id, files))) <= path.stat().st_size / 1e6  # the file's pages are let go in between
 
 
-def test_a_loaded_network_does_not_change_with_its_file(tmp_path):
+def test_a_loaded_network_and_its_file_do_not_change_with_one_another(tmp_path):
+    """Though its weights are mapped: they are written to in memory alone, and a file in use is replaced whole."""
     path = weight_file(write_folder(tmp_path, "sd2"), "unet")
-    unet = build(UNet, open_model(tmp_path)["unet"])
-    with path.open("rb+") as file:  # overwritten in place, as `cp` does
-        file.write(b"\xff" * path.stat().st_size)
-    assert_equal(unet.state_dict(), state("sd2", "unet"))
+    before, unet = path.read_bytes(), build(UNet, open_model(tmp_path)["unet"])
+    with torch.no_grad():
+        unet.conv_in.bias.zero_()
+    assert path.read_bytes() == before
+    save_tensors(path, {key: torch.zeros_like(tensor) for key, tensor in unet.state_dict().items()})
+    expected = state("sd2", "unet")
+    assert_equal(unet.state_dict(), expected | {"conv_in.bias": torch.zeros_like(expected["conv_in.bias"])})
 
 
 # ----------------------------------------------------------------------------------------------------------
