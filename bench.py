@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, initial_noise, widen_input
 from checkpoint import Settings, State
-from cli import Parser, choose_device, keep_freed_memory, machine, positive, run
+from cli import DEVICE, Parser, choose_device, keep_freed_memory, machine, positive, run
+from files import write_json
 from loop import add_gradients
 from metrics import psnr
 from sample import compile_unet, load_model
@@ -44,7 +45,6 @@ from scheduler import DDPMScheduler
 from train import objective
 from unet import UNet
 from vae import AutoencoderKL
-from weights import write_json
 
 SD21 = Path("cache/sd21-random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -347,7 +347,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--runs", type=positive, default=2, help="timed runs of a contender a round (default: %(default)s)")
     add("--rounds", type=positive, default=2, help="turns of each contender (default: %(default)s)")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="where to write (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--device", help=DEVICE)
     # fmt: on
     args = parser.parse_args(arguments)
     for task in args.tasks:

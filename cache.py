@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cdiffset import CDiffSET
-from checkpoint import exclusive
 from data import PairDataset, orient, read_pair
+from files import exclusive, read_json, write_json
 from unet import UNet
 from vae import AutoencoderKL
-from weights import read_json, write_json
 
 ORIENTATIONS = 8
 

@@ -4,7 +4,6 @@ run_folder: one run at a time, the one it was  ->  State: load, update, save  ->
 """
 
 import csv
-import fcntl
 import json
 import math
 import re
@@ -18,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cli import out_of_memory
-from files import atomic
+from files import atomic, exclusive, refuse_no_file
 from processes import processes, rank
-from stored import check_names, open_tensors, refuse_no_file, save_tensors
+from stored import check_names, open_tensors, save_tensors
 
 # What may differ when a run is resumed, as the number of processes may. The other settings make it the run it is.
 CHANGEABLE = {"out", "accumulate", "workers", "save_every", "validate_every", "keep", "resume", "about"}
@@ -68,21 +67,6 @@ class Settings:
 
 # ----------------------------------------------------------------------------------------------------------
 # The folder
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process, making it if need be. Raises ValueError if another one has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:  # which empties nothing, if it is a link
-        try:
-            # A POSIX lock dies with its process; one by flock would live on in the reading processes.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{folder}: another run is writing there; wait for it, or name another folder") from None
-        except OSError:  # a file system without locks, as on some clusters
-            pass
-        yield
 
 
 # temporary names of safetensors and of files.atomic

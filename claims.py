@@ -26,16 +26,15 @@ from tqdm import tqdm
 
 import synth
 from cdiffset import CDiffSET
-from cli import Parser, choose_device, positive, run, seed_number
+from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from confidence import look_up_colours
 from data import evenly, find_pairs, held_out_pairs
 from evaluate import METRICS
-from files import atomic
+from files import atomic, write_json
 from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
 from sample import load_model
 from study import ARMS, BATCH, Study, open_study, prediction_error, regress, score, train, translating
 from train import read_table
-from weights import write_json
 from yardsticks import look_up
 
 LOOKS = (1, 2, 4, 8)
@@ -282,7 +281,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default="results", metavar="DIR", help="where results go (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the arithmetic in training and scoring trainings (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--device", help=DEVICE)
     # fmt: on
     args = parser.parse_args(arguments)
     if args.data is None and args.claim != "vae":

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+DEVICE = "cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)"  # the help of --device
 # 128 + signal number, as shells report it
 INTERRUPTED, TERMINATED = 130, 143
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

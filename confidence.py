@@ -31,12 +31,13 @@ from tqdm import tqdm
 import report
 import synth
 from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
-from cli import Parser, choose_device, positive, run, seed_number
+from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import Pair, describe, evenly, find_pairs, held_out_pairs, mask_path, read_mask, read_pair, seed_of
+from files import write_json
 from images import confidence_picture, grid, to_uint8
 from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
-from weights import write_json
+from scheduler import SPACINGS
 from yardsticks import FITTED_ON, fit_colours, local_mean, look_up
 
 KINDS = {"only in SAR": 1, "only in EO": 2}  # values of the change masks
@@ -207,11 +208,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=positive, default=256, metavar="N",
         help="held-out pairs to look at, evenly chosen; all numbers are kept in memory (default: %(default)s)")
     add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s)")
-    add("--spacing", choices=("leading", "trailing"), default=DEFAULT_SPACING,
+    add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING,
         help="of the steps (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="of all noise (default: %(default)s)")
     add("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--device", help=DEVICE)
     # fmt: on
     return parser.parse_args(arguments)
 

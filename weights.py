@@ -10,7 +10,6 @@ peak memory is that of the model. Loading is strict: missing, unknown, misshapen
 ValueError with the file and the first names.
 """
 
-import json
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIPTextModel
-from files import atomic
+from files import read_json, write_json
 from original import open_original
 from scheduler import DDPMScheduler
 from stored import (
@@ -28,7 +27,6 @@ from stored import (
     Tensors,
     check_names,
     open_tensors,
-    refuse_no_file,
     refuse_pickle,
     rename,
     save_tensors,
@@ -173,9 +171,6 @@ IRRELEVANT = {  # keys that do not change what the network computes
 }
 
 
-JSON_MAX = 2**24  # bytes; the index of a sharded model has some 100,000
-
-
 def read_config(path: Path, network: type[nn.Module]) -> dict:
     """The constructor arguments of `network` from a config.json. Raises ValueError on what we do not implement."""
     config = read_json(path)
@@ -204,20 +199,6 @@ def is_a(value: Any, kind: Any) -> bool:
     if kind in (int, float) and type(value) in (int, float):
         return (kind is float or type(value) is int) and 0 < value < 2**63  # and no NaN
     return type(value) is kind
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError if it is none."""
-    refuse_no_file(path)
-    try:
-        if path.stat().st_size > JSON_MAX:
-            raise ValueError(f"larger than {JSON_MAX} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -312,10 +293,3 @@ def save_model(
         write_json(folder / name, config)
     index = {name.split("/")[0]: ["diffusers", config["_class_name"]] for name, config in configs.items()}
     write_json(folder / "model_index.json", {"_class_name": "CDiffSET"} | index)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Writes a JSON file atomically; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

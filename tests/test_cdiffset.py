@@ -22,10 +22,11 @@ from cdiffset import (
     widen_input,
 )
 from clip import CLIPTextModel
+from files import write_json
 from scheduler import DDPMScheduler
 from unet import UNet
 from vae import AutoencoderKL
-from weights import save_model, save_tensors, write_json
+from weights import save_model, save_tensors
 
 # ----------------------------------------------------------------------------------------------------------
 # Small models

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from files import read_json
 from stored import open_tensors
 from unet import UNet
 from vae import AutoencoderKL
-from weights import build, load_scheduler, open_model, read_config, read_json
+from weights import build, load_scheduler, open_model, read_config
 
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 PROMPT = "prompt_embedding.safetensors"

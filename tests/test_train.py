@@ -23,8 +23,8 @@ import synth
 import train
 from cdiffset import CDiffSET, denoise, variance
 from data import PairDataset, find_pairs
+from files import read_json
 from loop import sample_noise
-from weights import read_json
 
 ROOT = Path(train.__file__).parent
 

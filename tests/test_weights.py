@@ -21,9 +21,9 @@ from record_golden import fill, reference_clip, reference_unet, reference_vae
 from safetensors.torch import load_file, save_file
 
 import stored
-import weights
 from cdiffset import CDiffSET
 from clip import CLIPTextModel
+from files import read_json
 from scheduler import DDPMScheduler
 from stored import File, save_tensors
 from unet import UNet
@@ -1033,4 +1033,4 @@ def test_a_saved_base_model_has_no_more_files_than_it_needs(tmp_path):
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }
-    assert weights.read_json(tmp_path / "model_index.json")["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert read_json(tmp_path / "model_index.json")["unet"] == ["diffusers", "UNet2DConditionModel"]
