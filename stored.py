@@ -18,12 +18,12 @@ from files import atomic, refuse_no_file
 
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 CONVERT = "is a pickle, which can run code when loaded: convert it to safetensors first, or download the safetensors"
-MAPPED_MAX = 2**28  # bytes
+CONVERTED_MAX = 2**28  # bytes
 
 
 class File:
-    """An opened safetensors file. It is mapped into memory, and pages that were read count as ours: it is mapped
-    anew whenever `MAPPED_MAX` bytes were read, so that pages of which nothing is used any more can go.
+    """An opened safetensors file, mapped into memory, where pages that were read count as ours. It is mapped anew
+    whenever `CONVERTED_MAX` bytes were read to be converted, so that the peak of memory is that of the model alone.
     """
 
     def __init__(self, path: Path):
@@ -32,18 +32,18 @@ class File:
 
     def open(self) -> None:
         """Maps the file (anew); nothing is read yet."""
-        self.safetensors, self.mapped = safe_open(self.path, framework="pt"), 0
+        self.safetensors, self.converted = safe_open(self.path, framework="pt"), 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all its tensors, by name."""
         return {key: tuple(self.safetensors.get_slice(key).get_shape()) for key in self.safetensors.keys()}  # noqa: SIM118
 
-    def read(self, key: str, rows: slice | None) -> Tensor:
-        """A tensor, or some rows of it, that lives in the mapped file."""
-        if self.mapped > MAPPED_MAX:
+    def read(self, key: str, rows: slice | None, dtype: torch.dtype) -> Tensor:
+        """A tensor, or some rows of it, that lives in the mapped file. dtype: what it will be converted to."""
+        if self.converted > CONVERTED_MAX:
             self.open()
         tensor = self.safetensors.get_tensor(key) if rows is None else self.safetensors.get_slice(key)[rows]
-        self.mapped += tensor.nbytes
+        self.converted += tensor.nbytes if tensor.dtype != dtype else 0
         return tensor
 
 
@@ -60,7 +60,7 @@ class Stored(NamedTuple):
         copied (writing to it changes memory alone). ValueError: unreadable, or no finite numbers.
         """
         try:
-            tensor = self.file.read(self.key, self.rows).reshape(self.shape)
+            tensor = self.file.read(self.key, self.rows, dtype).reshape(self.shape)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.file.path}: {self.key} cannot be read ({error})") from error
         if not tensor.is_floating_point():

@@ -538,7 +538,7 @@ def test_a_released_unet_loads_beside_a_folder(tmp_path, prefix, outputs):
 
 
 def test_opening_and_checking_reads_no_tensor(tmp_path, monkeypatch):
-    def read(self, key, rows):
+    def read(self, key, rows, dtype):
         raise AssertionError(f"read {key}")
 
     monkeypatch.setattr(File, "read", read)
@@ -557,15 +557,15 @@ def test_a_network_is_filled_one_tensor_at_a_time(tmp_path, monkeypatch):
     last, files = [], []
     read = File.read
 
-    def watched(self, key, rows):
+    def watched(self, key, rows, dtype):
         assert all(tensor() is None for tensor in last)
-        tensor = read(self, key, rows)
+        tensor = read(self, key, rows, dtype)
         last[:] = [weakref.ref(tensor)]
         files.append(self.safetensors)
         return tensor
 
     monkeypatch.setattr(File, "read", watched)
-    monkeypatch.setattr(stored, "MAPPED_MAX", 1_000_000)
+    monkeypatch.setattr(stored, "CONVERTED_MAX", 1_000_000)
     half = cast("sd2", torch.float16)["unet"]
     path = weight_file(write_folder(tmp_path, "sd2", unet=half), "unet")
     unet = build(UNet, open_model(tmp_path)["unet"])
