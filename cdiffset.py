@@ -9,9 +9,15 @@ Reliable Object Generation", arXiv 2411.10788; IEEE TCSVT 2026.
 
 1. Both modalities share the frozen VAE of Stable Diffusion: `CDiffSET.encode`, `CDiffSET.decode`.
 2. The pretrained U-Net gets 8 input channels and a fifth output channel: `widen_input`, `add_variance_channel`.
-3. Training minimises a negative log-likelihood whose variance the network predicts itself, so that objects
-   present in only one of the two images do not spoil it: `denoise`, `variance`, `cdiff_loss`.
-4. Translation denoises from pure noise with DDIM; confidence is 1 / variance: `CDiffSET.translate`.
+3. Training noises the EO latent, z_t = sqrt(a) z_eo + sqrt(1 - a) noise with a = alphas_cumprod[t], and has the U-Net
+   predict the noise and, at each latent pixel, a variance of its own error (`denoise`, `variance`). It minimises
+
+       mean(stopgrad(var)^sqrt(a) * ((noise - prediction)^2 / var + log(var) + log(2 pi)) / 2)
+
+   (`cdiff_loss`): where the variance is large, errors count less, so that objects present in only one of the two
+   images do not spoil it.
+4. Translation denoises from pure noise with DDIM, given the SAR latent; confidence is 1 / variance at the middle step:
+   `CDiffSET.translate`.
 
     >>> model = CDiffSET.from_pretrained("models/tiny")
     >>> eo, confidence = model.translate(sar)      # sar (B, 3, H, W) in [-1, 1]
