@@ -55,15 +55,14 @@ def end_processes() -> None:
         dist.destroy_process_group()
 
 
-def check_same(step: int, device: torch.device) -> None:
+def check_same(step: int) -> None:
     """Raises ValueError unless all processes are to go on from the same step."""
+    steps = [step] * processes()
     if dist.is_initialized():
-        extremes = torch.tensor([step, -step], device=device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        last, first = extremes.tolist()
-        if last != -first:
-            what = f"the machines found different checkpoints, of steps {-first} and {last}"
-            raise ValueError(f"{what}: --out must be on a disk that they share")
+        dist.all_gather_object(steps, step)
+    if min(steps) < max(steps):
+        what = f"the machines found different checkpoints, of steps {min(steps)} and {max(steps)}"
+        raise ValueError(f"{what}: --out must be on a disk that they share")
 
 
 @contextmanager

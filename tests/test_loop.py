@@ -288,6 +288,47 @@ def test_what_a_killed_run_left_half_written_is_cleared_away_and_nothing_else(tm
     assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
 
 
+def test_a_validation_that_fails_costs_no_step_and_the_resumed_run_makes_up_for_it(tmp_path, whole):
+    out, network = tmp_path / "run", make_network()
+
+    def failing(step):
+        if step == 6:
+            raise ValueError("a held-out image cannot be read")
+        return {"score": -network[0].weight.square().mean().item()}
+
+    with pytest.raises(ValueError, match="a held-out image cannot be read"):
+        train(out, network=network, validate=failing, ema=0.9)
+    assert [path.stem for path in checkpoints(out)] == ["00000003", "00000006"]
+    assert train(out, ema=0.9, resume=True)[0] == 0
+    assert_same_end(out, whole)
+    assert (out / "validation.csv").read_text() == (whole / "validation.csv").read_text()
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+def test_the_best_model_never_lags_behind_the_checkpoint(tmp_path, stop):
+    """Ended before or after the best model of step 6 is kept, a run goes on from step 6 and keeps it (again)."""
+    out, kept, now = tmp_path / "run", [], []
+    scores = {2: 1.0, 4: 2.0, 6: 4.0, 8: 3.0}
+
+    def keep_best(stop=None):
+        if now[-1] == 6 and stop == 0:
+            raise KeyboardInterrupt
+        kept.append(now[-1])
+        if now[-1] == 6 and stop == 1:
+            raise KeyboardInterrupt
+
+    def validate(step):
+        now.append(step)
+        return {"score": scores[step]}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(out, validate=validate, keep_best=lambda: keep_best(stop))
+    assert train(out, validate=validate, keep_best=keep_best, resume=True)[0] == 0
+    assert kept == [2, 4] + [6] * (1 + stop) and now == [2, 4, 6, 6, 8]
+    assert train(out, validate=validate, keep_best=keep_best, resume=True)[0] == 0  # step 8 is not better
+    assert kept[-1] == 6
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     code, line = run(lambda: script(tmp_path / "file" / "run"))
@@ -470,9 +511,9 @@ def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
 def test_a_log_forgets_the_rows_after_the_step_and_half_rows(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("step,loss\n1,0.5\n2,0.25\n3,0.125\n4")
-    Log(path, 2).write({"step": 3, "loss": 0.75})
+    Log(path, start=3).write({"step": 3, "loss": 0.75})
     assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25", "3,0.75"]
-    Log(path, 0).write({"step": 1, "other": 1.0})
+    Log(path, start=1).write({"step": 1, "other": 1.0})
     assert path.read_text().split() == ["step,other", "1,1"]
 
 
@@ -491,7 +532,7 @@ def test_tensorboard_gets_what_the_tables_get_where_it_is_installed(tmp_path, mo
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     train(tmp_path / "run", steps=2)
-    assert ("tensorboard/log", 1, "loss", 2) in seen and ("tensorboard/validation", 1, "score", 2) in seen
+    assert ("tensorboard/log", 1, "loss", 2) in seen and ("tensorboard/validation", 0, "score", 2) in seen
     assert not any(name == "step" for _, _, name, _ in seen)
 
 
