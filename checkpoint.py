@@ -69,17 +69,12 @@ class Settings:
 # The folder
 
 
-# temporary names of safetensors and of files.atomic
-UNFINISHED = re.compile(r"\.(tmp\w{6}|.+\.\d+\.\w+)")
+UNFINISHED = re.compile(r"\.(tmp\w{6}|.+\.\d+\.\w+)")  # temporary names of safetensors and of files.atomic
 
 
 @contextmanager
 def run_folder(settings: Settings) -> Iterator[None]:
-    """Holds settings.out for a run, and says in one line what befalls it (ValueError).
-
-    Also raises ValueError if another process has the folder, if it holds a run that is not to be resumed, or one
-    that was made with other settings.
-    """
+    """Holds settings.out for a run, which `check_run` allows, and says in one line what befalls it (ValueError)."""
     first = rank() == 0
     with explained(settings), exclusive(settings.out) if first else nullcontext():
         if first:
@@ -143,10 +138,10 @@ def read_header(path: Path) -> dict:
         refuse_no_file(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["training"])
-        kinds = {"step": int, "best": (int, float), "settings": dict}
-        if not all(isinstance(header[key], kind) for key, kind in kinds.items()) or header["step"] < 0:
-            raise ValueError("no step, score and settings in it")
-        return header
+        match header:
+            case {"step": int(step), "best": int() | float(), "settings": dict()} if step >= 0:
+                return header
+        raise ValueError("no step, score and settings in it")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"not a readable checkpoint ({error})"
         raise ValueError(f"{path}: {what}; delete it to resume from the one before") from error

@@ -7,8 +7,8 @@ What a step computes depends on the step's number alone: the order of the data, 
 are drawn from (seed, sample position), where sample j of step k has position k * batch_size + j. So no random
 state needs saving; a run that was killed and resumed equals one that was not, and N processes see the data of one.
 
-A checkpoint is taken before the validation of its step, so that a validation that fails costs no step. The checkpoint
-knows nothing of that validation: a run that goes on from there begins with it.
+A checkpoint comes before the validation of its step, which may fail, and knows nothing of it: a run that goes on from
+there begins with that validation.
 """
 
 import math

@@ -75,17 +75,13 @@ def caught_signals() -> Iterator[list[int]]:
     since = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def catch(number, _frame) -> None:
         nonlocal since
         if not caught:
             caught.append(number)
             since = time.monotonic()
         elif time.monotonic() > since + 1:
-            restore()
+            signal.signal(number, before[number])
             signal.raise_signal(number)
 
     for number in before:
@@ -93,7 +89,8 @@ def caught_signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_worker(_number: int) -> None:

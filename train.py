@@ -81,8 +81,7 @@ def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, bat
     The seeds are fixed, so that two validations differ by the model alone. Writes the first few as a picture.
     """
     device = model.prompt_embedding.device
-    rows: list[list] = []  # of the picture
-    scores: dict[str, list[Tensor]] = defaultdict(list)
+    rows, scores = [], defaultdict(list)  # of the picture; of the images, by metric
     for start in range(0, len(pairs), batch):
         numbers = range(start, min(start + batch, len(pairs)))
         sar, eo = (torch.stack(images).to(device) for images in zip(*(pairs[i] for i in numbers)))
