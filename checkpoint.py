@@ -239,12 +239,13 @@ class Log:
         rows = [row for row in read_table(path) if row["step"] < start]
         with atomic(path) as temporary:
             append(temporary, rows)
-        self.path, self.columns, self.board = path, list(rows[0]) if rows else None, None
+        self.path, self.columns = path, list(rows[0]) if rows else None
         try:
             from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=start)
         except ImportError:
-            return
-        self.board = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=start)
+            self.board = None
 
     def write(self, row: dict[str, float]) -> None:
         """Appends a row, of which the first number is the step."""

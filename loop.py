@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoint import Log, Settings, State, checkpoints, last_checkpoint
 from data import batches, seed_of
-from processes import caught_signals, check_same, processes, rank, start_worker, wait_for_all
+from processes import caught_signals, check_same, processes, rank, start_worker
 
 # (network, batch, the samples' positions) -> the mean loss over the batch, which comes as it was read, on the CPU
 Loss = Callable[[nn.Module, list[Tensor], list[int]], Tensor]
@@ -134,7 +134,6 @@ def fit(
                 bar.update()
                 if due(settings.save_every) or stop:
                     state.save()
-        wait_for_all()  # for the first process to have saved: when one ends, torchrun may end the others
     return 128 + (caught[0] if caught else signal.SIGTERM) if stop else 0
 
 

@@ -50,7 +50,8 @@ def wait_for_all() -> None:
 
 
 def end_processes() -> None:
-    """Takes leave of the other processes."""
+    """Takes leave of the other processes when all have come here: where one ends, torchrun may end the others."""
+    wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 

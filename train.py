@@ -57,11 +57,12 @@ def objective(
     scheduler = model.scheduler
 
     def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
-        z_sar, z_eo = (x.to(model.prompt_embedding.device, non_blocking=True) for x in batch)
+        batch = [x.to(model.prompt_embedding.device, non_blocking=True) for x in batch]
         if not cached:
             with torch.no_grad():
-                images = torch.cat([z_sar, z_eo]).split(ENCODED_AT_ONCE)
-                z_sar, z_eo = torch.cat([model.encode(x).float() for x in images]).chunk(2)
+                images = torch.cat(batch).split(ENCODED_AT_ONCE)
+                batch = torch.cat([model.encode(x).float() for x in images]).chunk(2)
+        z_sar, z_eo = batch
         noise, t = sample_noise(z_eo.shape[1:], seed, positions, scheduler.num_train_timesteps)
         noise = noise.to(z_eo.device)
         z_t = scheduler.add_noise(z_eo, noise, t)

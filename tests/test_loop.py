@@ -219,6 +219,20 @@ def test_a_signal_to_the_whole_group_finishes_the_step_saves_and_resumes_to_the_
     assert_same_end(out, whole)
 
 
+def test_a_signal_in_the_last_step_leaves_its_validation_to_the_resumed_run(tmp_path, whole):
+    def loss(network, batch, positions):
+        if positions[0] == 28:
+            os.kill(os.getpid(), signal.SIGINT)
+        return squares(network, batch, positions)
+
+    out = tmp_path / "run"
+    assert train(out, loss, ema=0.9)[0] == 130 and checkpoints(out)[-1].stem == "00000008"
+    assert not (out / "validation.csv").read_text().splitlines()[-1].startswith("8")
+    assert train(out, ema=0.9, resume=True)[0] == 0
+    assert_same_end(out, whole)
+    assert (out / "validation.csv").read_text() == (whole / "validation.csv").read_text()
+
+
 def test_a_signal_that_comes_twice_at_once_counts_once_and_a_later_one_ends_the_run():
     with caught_signals() as caught:
         os.kill(os.getpid(), signal.SIGINT)
@@ -304,29 +318,27 @@ def test_a_validation_that_fails_costs_no_step_and_the_resumed_run_makes_up_for_
     assert (out / "validation.csv").read_text() == (whole / "validation.csv").read_text()
 
 
-@pytest.mark.parametrize("stop", [0, 1])
-def test_the_best_model_never_lags_behind_the_checkpoint(tmp_path, stop):
-    """Ended before or after the best model of step 6 is kept, a run goes on from step 6 and keeps it (again)."""
-    out, kept, now = tmp_path / "run", [], []
-    scores = {2: 1.0, 4: 2.0, 6: 4.0, 8: 3.0}
-
-    def keep_best(stop=None):
-        if now[-1] == 6 and stop == 0:
-            raise KeyboardInterrupt
-        kept.append(now[-1])
-        if now[-1] == 6 and stop == 1:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("kept_in_time", [False, True])
+def test_the_best_model_never_lags_behind_the_checkpoint(tmp_path, kept_in_time):
+    """The run ends as the best model, that of step 6, is kept: the resumed one goes on from step 6, and keeps it."""
+    validated, kept = [], []
 
     def validate(step):
-        now.append(step)
-        return {"score": scores[step]}
+        validated.append(step)
+        return {"score": {2: 1.0, 4: 2.0, 6: 4.0, 8: 3.0}[step]}
+
+    def keep_and_die():
+        if validated[-1] < 6 or kept_in_time:
+            kept.append(validated[-1])
+        if validated[-1] == 6:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(out, validate=validate, keep_best=lambda: keep_best(stop))
-    assert train(out, validate=validate, keep_best=keep_best, resume=True)[0] == 0
-    assert kept == [2, 4] + [6] * (1 + stop) and now == [2, 4, 6, 6, 8]
-    assert train(out, validate=validate, keep_best=keep_best, resume=True)[0] == 0  # step 8 is not better
-    assert kept[-1] == 6
+        train(tmp_path / "run", validate=validate, keep_best=keep_and_die)
+    for _ in range(2):  # the second time there is nothing left to do, and step 8 is still not the best
+        options = {"validate": validate, "keep_best": lambda: kept.append(validated[-1]), "resume": True}
+        assert train(tmp_path / "run", **options)[0] == 0
+    assert validated == [2, 4, 6, 6, 8, 8] and kept == [2, 4, 6] + [6] * kept_in_time
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
