@@ -15,23 +15,22 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoint import Log, Settings, State, checkpoints, last_checkpoint
 from data import batches, seed_of
-from processes import caught_signals, check_same, processes, rank, start_worker
+from processes import Part, caught_signals, check_same, processes, rank, reading
 
 # (network, batch, the samples' positions) -> the mean loss over the batch, which comes as it was read, on the CPU
 Loss = Callable[[nn.Module, list[Tensor], list[int]], Tensor]
-Part = tuple[list[Tensor], list[int]]  # a batch, or a part of one, and the positions of its samples
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -93,9 +92,10 @@ def fit(
 
     n = settings.accumulate
     positions = batches(state.step * n, settings.steps * n, settings.batch_size // n, rank(), processes())
+    pin = device.type == "cuda"
     network.train()
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", desc=settings.out.name, disable=not first)
-    with caught_signals() as caught, reading(dataset, positions, settings, device.type == "cuda") as parts, bar:
+    with caught_signals() as caught, reading(dataset, positions, settings.workers, pin) as parts, bar:
         stop = False
         while not stop:
             if first and due(settings.validate_every):
@@ -135,49 +135,6 @@ def fit(
                 if due(settings.save_every) or stop:
                     state.save()
     return 128 + (caught[0] if caught else signal.SIGTERM) if stop else 0
-
-
-class Parts(Dataset):
-    """Positions -> these samples, or the error that one met: raised here, it would come as the text of a traceback."""
-
-    def __init__(self, samples: Dataset):
-        self.samples = samples
-
-    def __getitem__(self, positions: range) -> Part | Exception:
-        try:
-            return default_collate([self.samples[i] for i in positions]), list(positions)
-        except (ValueError, OSError) as error:
-            return error
-
-
-@contextmanager
-def reading(dataset: Dataset, positions: Iterator[range], settings: Settings, pin: bool) -> Iterator[Iterator[Part]]:
-    """The samples at these positions, read ahead by processes that are gone in the end.
-
-    pin: put them where a GPU can fetch them by itself.
-    """
-    workers = {"num_workers": settings.workers, "worker_init_fn": start_worker}
-    loader = iter(DataLoader(Parts(dataset), batch_size=None, sampler=positions, pin_memory=pin, **workers))
-
-    def read() -> Iterator[Part]:
-        while True:
-            try:
-                part = next(loader)
-            except (OSError, EOFError) as error:  # of a process that died while it handed over what it had read
-                raise RuntimeError(f"DataLoader worker: {error}") from error
-            if isinstance(part, Exception):
-                raise part
-            yield part
-
-    try:
-        yield read()
-    finally:
-        if settings.workers:  # they ignore the signal by which Python ends its children, and it would wait for ever
-            try:
-                loader._shutdown_workers()
-            finally:  # that one died, or a signal, may have broken it off
-                for worker in loader._workers:
-                    worker.kill()
 
 
 def add_gradients(network: nn.Module, loss: Loss, batch: Iterator[Part], settings: Settings) -> Tensor:

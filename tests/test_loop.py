@@ -23,6 +23,7 @@ from torch import nn
 
 import checkpoint
 import loop
+import processes
 from checkpoint import Log, Settings, checkpoints, run_folder
 from processes import caught_signals, end_processes, start_processes
 
@@ -472,7 +473,7 @@ class Loader:
 def test_reading_processes_that_die_while_they_hand_over_or_end_leave_none_to_wait_for(tmp_path, monkeypatch, error):
     loaders = []
     monkeypatch.setattr(Loader, "error", error, raising=False)
-    monkeypatch.setattr(loop, "DataLoader", lambda *_, **__: loaders.append(Loader()) or loaders[0])
+    monkeypatch.setattr(processes, "DataLoader", lambda *_, **__: loaders.append(Loader()) or loaders[0])
     with pytest.raises(ValueError, match="^a process that reads images died .*--resume"):
         train(tmp_path / "run", workers=2)
     loaders[0]._workers[0].join(60)
