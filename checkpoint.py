@@ -69,17 +69,12 @@ class Settings:
 # The folder
 
 
-# temporary names of safetensors and of files.atomic
-UNFINISHED = re.compile(r"\.(tmp\w{6}|.+\.\d+\.\w+)")
+UNFINISHED = re.compile(r"\.(tmp\w{6}|.+\.\d+\.\w+)")  # temporary names of safetensors and of files.atomic
 
 
 @contextmanager
 def run_folder(settings: Settings) -> Iterator[None]:
-    """Holds settings.out for a run, and says in one line what befalls it (ValueError).
-
-    Also raises ValueError if another process has the folder, if it holds a run that is not to be resumed, or one
-    that was made with other settings.
-    """
+    """Holds settings.out for a run, which `check_run` allows, and says in one line what befalls it (ValueError)."""
     first = rank() == 0
     with explained(settings), exclusive(settings.out) if first else nullcontext():
         if first:
@@ -112,7 +107,7 @@ def explained(settings: Settings) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        what = next(iter(str(error).splitlines()), "")
+        what = str(error).partition("\n")[0]
         if out_of_memory(error):
             advice = f"--accumulate {2 * settings.accumulate}, --checkpointing or a smaller --batch-size"
             raise ValueError(f"out of memory: try {advice} ({what})") from error
@@ -122,14 +117,9 @@ def explained(settings: Settings) -> Iterator[None]:
         if processes() > 1 and "closed by peer" in what:
             raise ValueError("another process of this run ended; its message says why") from error
         raise
-    except (ValueError, OSError, SafetensorError) as error:
-        what = str(error)
-        if what.startswith("Caught "):  # by a reading process: the message comes after its traceback, as text
-            what = re.split(r"\n[\w.]*Error: ", what)[-1].strip()
-        if isinstance(error, ValueError):
-            raise ValueError(what) from error
+    except OSError as error:
         kept = last_checkpoint(settings.out)
-        raise ValueError(f"{settings.out}: {what}; {kept}; mend that and go on with --resume") from error
+        raise ValueError(f"{settings.out}: {error}; {kept}; mend that and go on with --resume") from error
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -148,10 +138,10 @@ def read_header(path: Path) -> dict:
         refuse_no_file(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["training"])
-        kinds = {"step": int, "best": (int, float), "settings": dict}
-        if not all(isinstance(header[key], kind) for key, kind in kinds.items()) or header["step"] < 0:
-            raise ValueError("no step, score and settings in it")
-        return header
+        match header:
+            case {"step": int(step), "best": int() | float(), "settings": dict()} if step >= 0:
+                return header
+        raise ValueError("no step, score and settings in it")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"not a readable checkpoint ({error})"
         raise ValueError(f"{path}: {what}; delete it to resume from the one before") from error
@@ -219,9 +209,9 @@ class State:
         """Within, the network is in evaluation mode, with the averaged weights if there are any."""
 
         def exchange() -> None:
-            for name in self.average:
+            for name, average in self.average.items():
                 p = self.parameters[name]
-                p.data, self.average[name] = self.average[name], p.data
+                p.data, self.average[name] = average, p.data
 
         exchange()
         self.network.eval()
@@ -232,46 +222,61 @@ class State:
             exchange()
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The logs
+
+
 DAMAGED = "not the table that this run writes; move it away and go on with --resume"
 
 
 class Log:
-    """A table that grows by rows: a CSV file, and TensorBoard where that is installed.
+    """A table that grows by a row a step: a CSV file, and TensorBoard where that is installed.
 
-    The first column is the step. When a run is resumed, the rows after its step are forgotten. Raises ValueError if
-    the file is no such table.
+    When a run is resumed, the rows from step `start` on are forgotten. Raises ValueError if the file is no such table.
     """
 
-    def __init__(self, path: Path, done: int):
-        self.path, self.board, self.header = path, None, []
-        if path.exists() and done:
-            try:
-                with path.open(newline="") as file:
-                    self.header, *rows = list(csv.reader(file)) or [[]]
-                rows = [row for row in rows if len(row) == len(self.header) and int(row[0]) <= done]
-                sum(float(value) for row in rows for value in row)  # ValueError: one is no number
-            except (ValueError, csv.Error) as error:
-                raise ValueError(f"{path}: {DAMAGED} ({error})") from error
-            with atomic(path) as temporary, temporary.open("w", newline="") as file:
-                csv.writer(file).writerows([self.header, *rows] if self.header else [])
-        else:
-            path.unlink(missing_ok=True)
+    def __init__(self, path: Path, start: int):
+        rows = [row for row in read_table(path) if row["step"] < start]
+        with atomic(path) as temporary:
+            append(temporary, rows)
+        self.path, self.columns = path, list(rows[0]) if rows else None
         try:
             from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=start)
         except ImportError:
-            return
-        self.board = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=done + 1)
+            self.board = None
 
     def write(self, row: dict[str, float]) -> None:
-        """Appends a row; the first one also writes the header."""
-        if self.header not in ([], list(row)):
-            raise ValueError(f"{self.path}: {DAMAGED} (its columns are {', '.join(self.header)})")
-        with self.path.open("a", newline="") as file:
-            if not file.tell():
-                csv.writer(file).writerow(row)
-            csv.writer(file).writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
+        """Appends a row, of which the first number is the step."""
+        if self.columns not in (None, list(row)):
+            raise ValueError(f"{self.path}: {DAMAGED} (its columns are {', '.join(self.columns)})")
+        append(self.path, [row])
         if self.board:
             (_, step), *values = row.items()
             for name, value in values:
                 self.board.add_scalar(name, value, step)
             self.board.flush()
+
+
+def read_table(path: Path) -> list[dict[str, float]]:
+    """The rows of a log; none if it is not there. Raises ValueError if it is no such table."""
+    if not path.exists():
+        return []
+    refuse_no_file(path)
+    try:
+        with path.open() as file:
+            lines = [line for line in file if line.endswith("\n")]  # a full disk may have cut the last one
+        rows = csv.DictReader(lines)
+        return [{name: float(text) for name, text in row.items()} | {"step": int(row["step"])} for row in rows]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path}: {DAMAGED} ({error})") from error
+
+
+def append(path: Path, rows: list[dict[str, float]]) -> None:
+    """Adds rows to a table, and their names if it is empty."""
+    with path.open("a", newline="") as file:
+        if rows and not file.tell():
+            csv.writer(file).writerow(rows[0])
+        for row in rows:
+            csv.writer(file).writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())

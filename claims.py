@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import synth
 from cdiffset import CDiffSET
+from checkpoint import read_table
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from confidence import look_up_colours
 from data import evenly, find_pairs, held_out_pairs
@@ -34,7 +35,6 @@ from files import atomic, write_json
 from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
 from sample import load_model
 from study import ARMS, BATCH, Study, open_study, prediction_error, regress, score, train, translating
-from train import read_table
 from yardsticks import look_up
 
 LOOKS = (1, 2, 4, 8)

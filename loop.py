@@ -1,29 +1,33 @@
 """The training loop: any network, any loss; never loses work.
 
     for each step:  batch -> loss -> gradients -> clipped AdamW step -> moving average -> log.csv
-    now and then:   validate -> keep the best;  checkpoint -> everything that resuming needs
+    now and then:   checkpoint -> everything that resuming needs;  validate -> keep the best
 
 What a step computes depends on the step's number alone: the order of the data, the augmentation and the noise
 are drawn from (seed, sample position), where sample j of step k has position k * batch_size + j. So no random
 state needs saving; a run that was killed and resumed equals one that was not, and N processes see the data of one.
+
+A checkpoint comes before the validation of its step, which may fail, and knows nothing of it: a run that goes on from
+there begins with that validation.
 """
 
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoint import Log, Settings, State, checkpoints, last_checkpoint
 from data import batches, seed_of
-from processes import caught_signals, check_same, processes, rank, start_worker, wait_for_all
+from processes import Part, caught_signals, check_same, processes, rank, reading
 
 # (network, batch, the samples' positions) -> the mean loss over the batch, which comes as it was read, on the CPU
 Loss = Callable[[nn.Module, list[Tensor], list[int]], Tensor]
@@ -76,26 +80,37 @@ def fit(
     state = State(network, settings)
     if kept := checkpoints(settings.out):
         state.load(kept[-1])
-    check_same(state.step, device)
+    check_same(state.step)
     parallel = DistributedDataParallel(network, gradient_as_bucket_view=True) if processes() > 1 else network
     first = rank() == 0
-    logs = [Log(settings.out / file, state.step) for file in ("log.csv", "validation.csv")] if first else []
+    if first:
+        log = Log(settings.out / "log.csv", start=state.step + 1)
+        validations = Log(settings.out / "validation.csv", start=state.step)
 
-    def parts(start: int, stop: int) -> Iterator[range]:
-        """The positions that this process computes at these steps, `accumulate` parts a step."""
-        n = settings.accumulate
-        for step in range(start, stop):  # one by one: a list of millions would take gigabytes
-            yield from batches(step * n, (step + 1) * n, settings.batch_size // n, rank(), processes())
+    def due(every: int) -> bool:
+        return state.step > 0 and state.step % every == 0 or state.step == settings.steps
 
+    n = settings.accumulate
+    positions = batches(state.step * n, settings.steps * n, settings.batch_size // n, rank(), processes())
+    pin = device.type == "cuda"
     network.train()
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", desc=settings.out.name, disable=not first)
-    pin, rest = device.type == "cuda", parts(state.step, settings.steps)
-    with caught_signals() as caught, reading(dataset, rest, settings, pin) as loader, bar:
+    with caught_signals() as caught, reading(dataset, positions, settings.workers, pin) as parts, bar:
         stop = False
-        while state.step < settings.steps and not stop:
+        while not stop:
+            if first and due(settings.validate_every):
+                with state.averaged():
+                    metrics = validate(state.step)
+                    score = next(iter(metrics.values()))
+                    if score > state.best:
+                        state.best = score
+                        keep_best()
+                validations.write({"step": state.step} | metrics)
+            if state.step >= settings.steps:
+                break
+
             began, rate = time.perf_counter(), learning_rate(state.step, settings)
-            batch = ((next(loader), list(positions)) for positions in parts(state.step, state.step + 1))
-            value = add_gradients(parallel, loss, batch, settings)
+            value = add_gradients(parallel, loss, islice(parts, n), settings)
             norm = nn.utils.clip_grad_norm_(state.parameters.values(), settings.clip)
 
             # the same numbers in all processes, so that they stop together; one transfer from the device a step
@@ -110,62 +125,19 @@ def fit(
                     f"{last_checkpoint(settings.out)}; try a lower --lr or --dtype float32; batch: {', '.join(names)}"
                 )
             state.update(rate)
-            if not first:
-                continue
 
-            speed = settings.batch_size / (time.perf_counter() - began)
-            row = {"step": state.step, "loss": value, "learning_rate": rate, "gradient_norm": norm}
-            logs[0].write(row | {"images_per_second": speed})
-            bar.set_postfix_str(f"loss {value:.4f}, lr {rate:.1e}, {speed:.1f} images/s", refresh=False)
-            bar.update()
-            ends = state.step == settings.steps
-            if state.step % settings.validate_every == 0 or ends:
-                with state.averaged():
-                    metrics = validate(state.step)
-                    score = next(iter(metrics.values()))
-                    if score > state.best:
-                        state.best = score
-                        keep_best()
-                logs[1].write({"step": state.step} | metrics)
-            if state.step % settings.save_every == 0 or ends or stop:
-                state.save()
-        wait_for_all()  # for the first process to have saved: when one ends, torchrun may end the others
-    return 0 if state.step == settings.steps else 128 + (caught[0] if caught else signal.SIGTERM)
+            if first:
+                speed = settings.batch_size / (time.perf_counter() - began)
+                row = {"step": state.step, "loss": value, "learning_rate": rate, "gradient_norm": norm}
+                log.write(row | {"images_per_second": speed})
+                bar.set_postfix_str(f"loss {value:.4f}, lr {rate:.1e}, {speed:.1f} images/s", refresh=False)
+                bar.update()
+                if due(settings.save_every) or stop:
+                    state.save()
+    return 128 + (caught[0] if caught else signal.SIGTERM) if stop else 0
 
 
-@contextmanager
-def reading(
-    dataset: Dataset, positions: Iterator[range], settings: Settings, pin: bool
-) -> Iterator[Iterator[list[Tensor]]]:
-    """The batches of samples at these positions, read ahead by processes that are gone in the end.
-
-    pin: put them where a GPU can fetch them by itself.
-    """
-    workers = {"num_workers": settings.workers, "worker_init_fn": start_worker}
-    loader = iter(DataLoader(dataset, batch_sampler=positions, pin_memory=pin, **workers))
-
-    def read() -> Iterator[list[Tensor]]:
-        try:
-            yield from loader
-        except (OSError, EOFError) as error:  # of a process that died while it handed over what it had read
-            if not settings.workers or str(error).startswith("Caught "):
-                raise
-            raise RuntimeError(f"DataLoader worker: {error}") from error
-
-    try:
-        yield read()
-    finally:
-        if settings.workers:  # they ignore the signal by which Python ends its children, and it would wait for ever
-            try:
-                loader._shutdown_workers()
-            finally:  # that one died, or a signal, may have broken it off
-                for worker in loader._workers:
-                    worker.kill()
-
-
-def add_gradients(
-    network: nn.Module, loss: Loss, batch: Iterator[tuple[list[Tensor], list[int]]], settings: Settings
-) -> Tensor:
+def add_gradients(network: nn.Module, loss: Loss, batch: Iterator[Part], settings: Settings) -> Tensor:
     """Adds up the gradients of a batch that comes in parts; -> its loss."""
     values = []
     for part, (tensors, positions) in enumerate(batch, 1):

@@ -9,8 +9,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cli import choose_device
+
+Part = tuple[list[Tensor], list[int]]  # a batch, or a part of one, and the positions of its samples
 
 
 def start_processes(device: str | None) -> str:
@@ -50,20 +54,20 @@ def wait_for_all() -> None:
 
 
 def end_processes() -> None:
-    """Takes leave of the other processes."""
+    """Takes leave of the other processes when all have come here: where one ends, torchrun may end the others."""
+    wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def check_same(step: int, device: torch.device) -> None:
+def check_same(step: int) -> None:
     """Raises ValueError unless all processes are to go on from the same step."""
+    steps = [step] * processes()
     if dist.is_initialized():
-        extremes = torch.tensor([step, -step], device=device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        last, first = extremes.tolist()
-        if last != -first:
-            what = f"the machines found different checkpoints, of steps {-first} and {last}"
-            raise ValueError(f"{what}: --out must be on a disk that they share")
+        dist.all_gather_object(steps, step)
+    if min(steps) < max(steps):
+        what = f"the machines found different checkpoints, of steps {min(steps)} and {max(steps)}"
+        raise ValueError(f"{what}: --out must be on a disk that they share")
 
 
 @contextmanager
@@ -76,17 +80,13 @@ def caught_signals() -> Iterator[list[int]]:
     since = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def catch(number, _frame) -> None:
         nonlocal since
         if not caught:
             caught.append(number)
             since = time.monotonic()
         elif time.monotonic() > since + 1:
-            restore()
+            signal.signal(number, before[number])
             signal.raise_signal(number)
 
     for number in before:
@@ -94,10 +94,54 @@ def caught_signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_worker(_number: int) -> None:
     """What a reading process does first: it lives until the step is finished, whoever is signalled."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Parts(Dataset):
+    """Positions -> these samples, or the error that one met: raised here, it would come as the text of a traceback."""
+
+    def __init__(self, samples: Dataset):
+        self.samples = samples
+
+    def __getitem__(self, positions: range) -> Part | Exception:
+        try:
+            return default_collate([self.samples[i] for i in positions]), list(positions)
+        except (ValueError, OSError) as error:
+            return error
+
+
+@contextmanager
+def reading(dataset: Dataset, positions: Iterator[range], workers: int, pin: bool) -> Iterator[Iterator[Part]]:
+    """The samples at these positions, read ahead by processes that are gone in the end.
+
+    pin: put them where a GPU can fetch them by itself.
+    """
+    options = {"num_workers": workers, "worker_init_fn": start_worker, "pin_memory": pin}
+    loader = iter(DataLoader(Parts(dataset), batch_size=None, sampler=positions, **options))
+
+    def read() -> Iterator[Part]:
+        while True:
+            try:
+                part = next(loader)
+            except (OSError, EOFError) as error:  # of a process that died while it handed over what it had read
+                raise RuntimeError(f"DataLoader worker: {error}") from error
+            if isinstance(part, Exception):
+                raise part
+            yield part
+
+    try:
+        yield read()
+    finally:
+        if workers:  # they ignore the signal by which Python ends its children, and it would wait for ever
+            try:
+                loader._shutdown_workers()
+            finally:  # that one died, or a signal, may have broken it off
+                for worker in loader._workers:
+                    worker.kill()

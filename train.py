@@ -18,9 +18,9 @@ Ctrl-C or SIGTERM finishes the step, saves, and stops; the same command with --r
 """
 
 import argparse
-import csv
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from cache import CachedLatents, build_cache, network_digest
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
-from checkpoint import Settings, run_folder
+from checkpoint import Settings, read_table, run_folder
 from cli import DEVICE, Parser, positive, run, seed_number
 from data import PairDataset, Pairs, describe, evenly, find_pairs, seed_of, split_pairs
 from files import write_json
@@ -57,11 +57,12 @@ def objective(
     scheduler = model.scheduler
 
     def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
-        z_sar, z_eo = (x.to(model.prompt_embedding.device, non_blocking=True) for x in batch)
+        batch = [x.to(model.prompt_embedding.device, non_blocking=True) for x in batch]
         if not cached:
             with torch.no_grad():
-                images = torch.cat([z_sar, z_eo]).split(ENCODED_AT_ONCE)
-                z_sar, z_eo = torch.cat([model.encode(x).float() for x in images]).chunk(2)
+                images = torch.cat(batch).split(ENCODED_AT_ONCE)
+                batch = torch.cat([model.encode(x).float() for x in images]).chunk(2)
+        z_sar, z_eo = batch
         noise, t = sample_noise(z_eo.shape[1:], seed, positions, scheduler.num_train_timesteps)
         noise = noise.to(z_eo.device)
         z_t = scheduler.add_noise(z_eo, noise, t)
@@ -81,13 +82,14 @@ def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, bat
     The seeds are fixed, so that two validations differ by the model alone. Writes the first few as a picture.
     """
     device = model.prompt_embedding.device
-    rows, scores = [], []
+    rows, scores = [], defaultdict(list)  # of the picture; of the images, by metric
     for start in range(0, len(pairs), batch):
         numbers = range(start, min(start + batch, len(pairs)))
         sar, eo = (torch.stack(images).to(device) for images in zip(*(pairs[i] for i in numbers)))
         made, confidence = model.translate(sar, steps=steps, seed=list(numbers), spacing="trailing")
         with precision(device, "float32"):  # SSIM is a difference of squares, which bfloat16 would round away
-            score = [psnr(made / 2 + 0.5, eo / 2 + 0.5), ssim(made / 2 + 0.5, eo / 2 + 0.5)]
+            scores["psnr"].append(psnr(made / 2 + 0.5, eo / 2 + 0.5))
+            scores["ssim"].append(ssim(made / 2 + 0.5, eo / 2 + 0.5))
 
         z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
         noise = sample_noise(z_eo.shape[1:], 0, list(numbers))[0].to(device)
@@ -95,15 +97,13 @@ def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, bat
             z_t = model.scheduler.add_noise(z_eo, noise, t)
             prediction, _ = denoise(model.unet, z_sar, z_t, t, model.prompt_embedding)
             target = model.scheduler.target(z_eo, noise, t)
-            score.append((prediction - target).square().mean(dim=(1, 2, 3)))
-        scores.append(torch.stack(score).cpu())
+            scores[f"mse_t{t}"].append((prediction - target).square().mean(dim=(1, 2, 3)))
         for i in range(min(PREVIEWS - len(rows), len(numbers))):
             row = [to_uint8(image[i]) for image in (sar, eo, made)]
             rows.append(row if confidence is None else [*row, confidence_picture(confidence[i])])
     picture.parent.mkdir(exist_ok=True)
     save_image(picture, grid(rows, ["SAR", "EO", "generated", "confidence"][: len(rows[0])]))
-    names = ["psnr", "ssim", *(f"mse_t{t}" for t in MEASURED_AT)]
-    return dict(zip(names, torch.cat(scores, dim=1).mean(dim=1).tolist()))
+    return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
 
 
 def load_model(args: argparse.Namespace) -> CDiffSET:
@@ -187,10 +187,7 @@ def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[st
     """
     frozen = [network_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
     chosen = {key: getattr(args, key) for key in ("loss", "size", "no_flips", "validate_images", "validate_steps")}
-    return chosen | {
-        "data": dataset_name(found, args.data),
-        "model": f"{seed_of(frozen):016x}",
-    }
+    return chosen | {"data": dataset_name(found, args.data), "model": f"{seed_of(frozen):016x}"}
 
 
 def dataset_name(found: Pairs, root: str | Path) -> str:
@@ -205,7 +202,6 @@ def main(arguments: list[str] | None = None) -> int:
     device = start_processes(args.device)
     args.dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     args.out = args.out or Path("runs") / Path(args.data).resolve().name
-    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
 
     found = find_pairs(args.data)
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
@@ -215,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(describe(found)))
         print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} held out (listed in {args.out / 'split.json'})")
     model = load_model(args)
-    settings = replace(settings, about=identity(args, found, model))
+    options = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    settings = Settings(**options, about=identity(args, found, model))
 
     def check(step: int) -> dict[str, float]:
         with precision(device, args.dtype):
@@ -268,19 +265,11 @@ def summary(args: argparse.Namespace, code: int) -> str:
     lines = [f"{state}: {len(log)} of {args.steps} steps in {seconds / 60:.1f} min; everything is in {args.out}/"]
     if best:
         score = f"PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f} on {args.validate_images} held-out pairs"
-        lines.append(f"best at step {best['step']:.0f}: {score}")
+        lines.append(f"best at step {best['step']}: {score}")
         lines.append(f"translate with: python sample.py SAR.png --model {args.out / 'model'}")
     if code:
         lines.append("go on with the same command and --resume")
     return "\n".join(lines)
-
-
-def read_table(path: Path) -> list[dict[str, float]]:
-    """The rows of a log; none if it is not there yet."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 if __name__ == "__main__":

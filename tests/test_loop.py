@@ -23,6 +23,7 @@ from torch import nn
 
 import checkpoint
 import loop
+import processes
 from checkpoint import Log, Settings, checkpoints, run_folder
 from processes import caught_signals, end_processes, start_processes
 
@@ -219,6 +220,20 @@ def test_a_signal_to_the_whole_group_finishes_the_step_saves_and_resumes_to_the_
     assert_same_end(out, whole)
 
 
+def test_a_signal_in_the_last_step_leaves_its_validation_to_the_resumed_run(tmp_path, whole):
+    def loss(network, batch, positions):
+        if positions[0] == 28:
+            os.kill(os.getpid(), signal.SIGINT)
+        return squares(network, batch, positions)
+
+    out = tmp_path / "run"
+    assert train(out, loss, ema=0.9)[0] == 130 and checkpoints(out)[-1].stem == "00000008"
+    assert not (out / "validation.csv").read_text().splitlines()[-1].startswith("8")
+    assert train(out, ema=0.9, resume=True)[0] == 0
+    assert_same_end(out, whole)
+    assert (out / "validation.csv").read_text() == (whole / "validation.csv").read_text()
+
+
 def test_a_signal_that_comes_twice_at_once_counts_once_and_a_later_one_ends_the_run():
     with caught_signals() as caught:
         os.kill(os.getpid(), signal.SIGINT)
@@ -286,6 +301,45 @@ def test_what_a_killed_run_left_half_written_is_cleared_away_and_nothing_else(tm
         path.write_text("")
     train(out, resume=True)
     assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
+
+
+def test_a_validation_that_fails_costs_no_step_and_the_resumed_run_makes_up_for_it(tmp_path, whole):
+    out, network = tmp_path / "run", make_network()
+
+    def failing(step):
+        if step == 6:
+            raise ValueError("a held-out image cannot be read")
+        return {"score": -network[0].weight.square().mean().item()}
+
+    with pytest.raises(ValueError, match="a held-out image cannot be read"):
+        train(out, network=network, validate=failing, ema=0.9)
+    assert [path.stem for path in checkpoints(out)] == ["00000003", "00000006"]
+    assert train(out, ema=0.9, resume=True)[0] == 0
+    assert_same_end(out, whole)
+    assert (out / "validation.csv").read_text() == (whole / "validation.csv").read_text()
+
+
+@pytest.mark.parametrize("kept_in_time", [False, True])
+def test_the_best_model_never_lags_behind_the_checkpoint(tmp_path, kept_in_time):
+    """The run ends as the best model, that of step 6, is kept: the resumed one goes on from step 6, and keeps it."""
+    validated, kept = [], []
+
+    def validate(step):
+        validated.append(step)
+        return {"score": {2: 1.0, 4: 2.0, 6: 4.0, 8: 3.0}[step]}
+
+    def keep_and_die():
+        if validated[-1] < 6 or kept_in_time:
+            kept.append(validated[-1])
+        if validated[-1] == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", validate=validate, keep_best=keep_and_die)
+    for _ in range(2):  # the second time there is nothing left to do, and step 8 is still not the best
+        options = {"validate": validate, "keep_best": lambda: kept.append(validated[-1]), "resume": True}
+        assert train(tmp_path / "run", **options)[0] == 0
+    assert validated == [2, 4, 6, 6, 8, 8] and kept == [2, 4, 6] + [6] * kept_in_time
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -419,7 +473,7 @@ class Loader:
 def test_reading_processes_that_die_while_they_hand_over_or_end_leave_none_to_wait_for(tmp_path, monkeypatch, error):
     loaders = []
     monkeypatch.setattr(Loader, "error", error, raising=False)
-    monkeypatch.setattr(loop, "DataLoader", lambda *_, **__: loaders.append(Loader()) or loaders[0])
+    monkeypatch.setattr(processes, "DataLoader", lambda *_, **__: loaders.append(Loader()) or loaders[0])
     with pytest.raises(ValueError, match="^a process that reads images died .*--resume"):
         train(tmp_path / "run", workers=2)
     loaders[0]._workers[0].join(60)
@@ -470,9 +524,9 @@ def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
 def test_a_log_forgets_the_rows_after_the_step_and_half_rows(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("step,loss\n1,0.5\n2,0.25\n3,0.125\n4")
-    Log(path, 2).write({"step": 3, "loss": 0.75})
+    Log(path, start=3).write({"step": 3, "loss": 0.75})
     assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.25", "3,0.75"]
-    Log(path, 0).write({"step": 1, "other": 1.0})
+    Log(path, start=1).write({"step": 1, "other": 1.0})
     assert path.read_text().split() == ["step,other", "1,1"]
 
 
@@ -491,7 +545,7 @@ def test_tensorboard_gets_what_the_tables_get_where_it_is_installed(tmp_path, mo
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     train(tmp_path / "run", steps=2)
-    assert ("tensorboard/log", 1, "loss", 2) in seen and ("tensorboard/validation", 1, "score", 2) in seen
+    assert ("tensorboard/log", 1, "loss", 2) in seen and ("tensorboard/validation", 0, "score", 2) in seen
     assert not any(name == "step" for _, _, name, _ in seen)
 
 
