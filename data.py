@@ -73,40 +73,37 @@ def find_pairs(root: str | Path) -> Pairs:
         sars, eos, rest = {}, {}, []  # SAR and EO images: {what the paths of a pair share: path}
         for name in files:
             if match := pattern.fullmatch(name):
-                groups = match.groupdict()
-                side = sars if groups.pop("kind") == sar_kind else eos
-                side[tuple(groups.values())] = name
+                shared = match.groupdict()
+                side = sars if shared.pop("kind") == sar_kind else eos
+                side[tuple(shared.values())] = name
             else:
                 rest.append(name)
         files = rest
         if sars or eos:
-            names = [name for name in pattern.groupindex if name != "kind"]
-            found.append((layout, sars, eos, names, scene))
+            found.append((layout, scene, pattern, sars, eos))
 
-    paired = [entry for entry in found if entry[1].keys() & entry[2].keys()]
     if not found:
         known = ", ".join(layout for layout, *_ in LAYOUTS)
         what = "holds none of the known datasets" if files else "is empty"
         raise ValueError(f"{str(root)!r} {what} ({known}): the simplest is sar/NAME.png with eo/NAME.png")
-    if not paired:
-        layout, sars, eos, *_ = found[0]
-        first = min([*sars.values(), *eos.values()])
-        raise ValueError(
-            f"{str(root)!r} looks like {layout}, but of its {len(sars)} SAR and {len(eos)} EO images "
-            f"none has a partner, e.g. {first!r}: put both kinds there, named alike"
-        )
+    paired = [entry for entry in found if entry[-2].keys() & entry[-1].keys()]
     if len(paired) > 1:
         names = " and ".join(layout for layout, *_ in paired)
         raise ValueError(f"{str(root)!r} holds pairs of {names}: give the folder of one dataset")
+    layout, scene, pattern, sars, eos = (paired or found)[0]
+    if not paired:
+        raise ValueError(
+            f"{str(root)!r} looks like {layout}, but of its {len(sars)} SAR and {len(eos)} EO images "
+            f"none has a partner, e.g. {min([*sars.values(), *eos.values()])!r}: put both kinds there, named alike"
+        )
 
-    ((layout, sars, eos, names, scene),) = paired
-    root, both, pairs = Path(root), sars.keys() & eos.keys(), []
+    pairs, both = [], sars.keys() & eos.keys()
     for key in sorted(both, key=sars.__getitem__):
-        groups = dict(zip(names, key, strict=True))
+        groups = pattern.fullmatch(sars[key]).groupdict()
         scene_name = "_".join(groups[name] for name in scene)
-        pairs.append(Pair(root / sars[key], root / eos[key], scene_name, groups.get("split")))
+        pairs.append(Pair(Path(root, sars[key]), Path(root, eos[key]), scene_name, groups.get("split")))
     unpaired = sorted(side[key] for side in (sars, eos) for key in side.keys() - both)
-    return Pairs(layout, pairs, [root / name for name in unpaired])
+    return Pairs(layout, pairs, [Path(root, name) for name in unpaired])
 
 
 def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
@@ -121,9 +118,8 @@ def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
     made, true = found
     if not made and not true:
         raise ValueError(f"neither {str(images)!r} nor {str(truth)!r} holds PNG, JPEG or TIFF images")
-    if alone := [str((made | true)[name]) for name in sorted(made.keys() ^ true.keys())]:
-        listed = ", ".join(map(repr, alone[:3])) + ", ..." * (len(alone) > 3)
-        raise ValueError(f"{len(alone)} image(s) without one of the same name in the other folder: {listed}")
+    if alone := [(made | true)[name] for name in sorted(made.keys() ^ true.keys())]:
+        raise ValueError(f"{len(alone)} image(s) without one of the same name in the other folder: {listed(alone)}")
     return [Pair(made[name], true[name], name, None) for name in sorted(made)]
 
 
@@ -161,19 +157,23 @@ def walk_files(root: str | Path) -> list[str]:
     return names
 
 
+def listed(paths: Sequence[Path]) -> str:
+    """The first three of them, for messages."""
+    return ", ".join(repr(str(path)) for path in paths[:3]) + ", ..." * (len(paths) > 3)
+
+
 def describe(found: Pairs) -> list[str]:
     """What was found, in lines to print. Reads the first pairs, so it also says early what cannot be read."""
+
+    def raster(path: Path) -> str:
+        bands = read_raster(path).bands
+        return f"{path.name!r}: {bands.shape[2]}x{bands.shape[1]}, {len(bands)} band(s) of {bands.dtype}"
+
     scenes = len({pair.scene for pair in found.pairs})
     lines = [f"{found.layout}: {len(found.pairs):,} pairs in {scenes:,} scenes"]
-    first = 3
-    for pair in found.pairs[:first]:
-        sar, eo = (read_raster(path).bands for path in (pair.sar, pair.eo))
-        sizes = [f"{a.shape[2]}x{a.shape[1]}, {a.shape[0]} band(s) of {a.dtype}" for a in (sar, eo)]
-        lines.append(f"  {pair.sar.name!r}: {sizes[0]}; {pair.eo.name!r}: {sizes[1]}")
+    lines += [f"  {raster(pair.sar)}; {raster(pair.eo)}" for pair in found.pairs[:3]]
     if found.unpaired:
-        names = ", ".join(repr(str(path)) for path in found.unpaired[:first])
-        more = ", ..." if len(found.unpaired) > first else ""
-        lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {names}{more}")
+        lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {listed(found.unpaired)}")
     return lines
 
 
