@@ -1,11 +1,6 @@
 """Draws pairs of SAR and optical (EO) images of a small invented country, of which the truth is known.
 
-A pair is made in three steps:
-
-    plan    (seed, scene, patch) -> World: land cover, fields, objects and when they are there
-    render  World -> Scene: the SAR image (backscatter, then speckle, then dB in 8 bits), the EO image (colour, then
-            shadows, then a slight blur), the land cover, and where the two images disagree
-    write   Scene -> four PNG files in the layout of SEN1-2
+    (seed, scene, patch) -> plan -> World -> render -> Scene -> four PNG files in the layout of SEN1-2
 
 What the EO image shows follows, with one exception, from what the SAR image shows: every kind of land has its own
 level, texture or shape in both, and what varies within a kind (vigour of a field, furrows, crowns, season) varies
@@ -75,8 +70,7 @@ SIDELOBES = (0.012, 0.003, 0.005, 0.0015, 0.0025, 0.001)  # power of a ship's ec
 class Scene(NamedTuple):
     sar: np.ndarray  # (H, W) uint8, DB_RANGE -> 0..255
     eo: np.ndarray  # (H, W, 3) uint8
-    sar_only: np.ndarray  # (H, W) bool, marks what only the SAR image shows
-    eo_only: np.ndarray  # (H, W) bool, marks what only the EO image shows
+    change: np.ndarray  # (H, W) uint8: 1 where the SAR image shows what the EO image does not, 2 the reverse, 3 both
     classes: np.ndarray  # (H, W) uint8, index into CLASSES: what the EO image shows, since that is to be generated
 
 
@@ -92,9 +86,8 @@ class Objects(NamedTuple):
 class World(NamedTuple):  # all that both images are drawn from
     season: int  # index into SEASONS
     classes: np.ndarray  # (H, W) uint8, land without objects
-    field: np.ndarray  # (H, W) int32, which field a pixel belongs to
-    vigour: np.ndarray  # (fields,) float32 in [-1, 1]
-    furrows: np.ndarray  # (fields,) complex64, wave vector of the rows
+    vigour: np.ndarray  # (H, W) float32 in [-1, 1], how well a field does
+    furrows: np.ndarray  # (H, W) complex64, wave vector of its rows
     bridge: np.ndarray  # (H, W) bool
     objects: Objects
 
@@ -203,10 +196,7 @@ def draw_water(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
 
 
 def draw_town(rng: np.random.Generator, centre: complex, radius: float, pen: ImageDraw.ImageDraw) -> list[tuple]:
-    """Draws blocks and streets with `pen`; returns the houses, as `has_room` takes them.
-
-    Of a small radius nothing is left but one block: a farm.
-    """
+    """Draws blocks and streets (of a small radius one block is left: a farm); returns the houses, for `has_room`."""
     along = np.exp(1j * rng.uniform(0, math.pi / 2))
     deep, wide, tall, houses = rng.uniform(24, 32), rng.uniform(30, 56), rng.uniform(2.5, 5.5), []
     n, m = int(radius / deep) + 1, int(radius / wide) + 1
@@ -214,8 +204,8 @@ def draw_town(rng: np.random.Generator, centre: complex, radius: float, pen: Ima
         far = abs(block) / radius
         if far > rng.uniform(0.75, 1.15):
             continue
-        shape = [block + complex(a * deep, b * wide) / 2 for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
-        shape = [centre + along * corner for corner in shape]
+        corners = (complex(a * deep, b * wide) / 2 for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1)))
+        shape = [centre + along * (block + corner) for corner in corners]
         park = rng.uniform() < 0.12
         pen.polygon(flat(shape), fill=MEADOW if park else GROUND)
         pen.line(flat(shape + shape[:2]), ROAD, 3)
@@ -302,10 +292,10 @@ def plan(seed: int, scene: int, patch: int, size: int) -> World:
     coin = rng.uniform(size=len(kind))
     objects = Objects(outline, kind, height[:, 0].real.astype(np.float32), corner, colour, coin)
 
-    vigour = rng.uniform(-1, 1, count).astype(np.float32)
+    vigour = rng.uniform(-1, 1, count).astype(np.float32)[field]
     furrows = 2 * math.pi / rng.uniform(4.5, 7, count) * np.exp(1j * rng.uniform(0, math.pi, count))
-    furrows = furrows.astype(np.complex64)
-    return World(scene % len(SEASONS), classes, field, vigour, furrows, road & water, objects)
+    furrows = furrows.astype(np.complex64)[field]
+    return World(scene % len(SEASONS), classes, vigour, furrows, road & water, objects)
 
 
 # ---------------------------------------------------------------- the pictures
@@ -327,10 +317,10 @@ def by_number(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 def draw_texture(world: World, rng: np.random.Generator) -> np.ndarray:
     """What varies within a kind of land, (H, W) float32: x dB in the SAR image, x / 9 of the brightness in the EO."""
     classes, size = world.classes, len(world.classes)
-    line, waves = np.arange(size, dtype=np.float32), world.furrows[world.field]
+    line = np.arange(size, dtype=np.float32)
     db = CROWNS[classes] * (0.8 * noise(rng, size, 3.5) + 0.5 * noise(rng, size, 11))
-    db += FURROWS[classes] * np.sin(waves.real * line + waves.imag * line[:, None])
-    db += VIGOUR[classes] * world.vigour[world.field]
+    db += FURROWS[classes] * np.sin(world.furrows.real * line + world.furrows.imag * line[:, None])
+    db += VIGOUR[classes] * world.vigour
     db += 0.3 * noise(rng, size, 90)  # the lie of the land
     return np.where(classes == WATER, np.clip(noise(rng, size, 60), 0, 1.5), db)  # wind on water
 
@@ -404,10 +394,11 @@ def render(world: World, rng: np.random.Generator, looks: float) -> Scene:
     eo_only = (rgb != camera(world, texture, always)).any(2) | (eo_numbers != always)
     rgb += 2.5 * rng.standard_normal((size, size, 1), dtype=np.float32)
     soft = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 16, 2, 1, 2, 1))
-    eo = Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8)).filter(soft)
-    eo_only = blur(eo_only, 1) > 0  # soft reaches one pixel far
+    eo = np.asarray(Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8)).filter(soft))
+
+    change = sar_only + np.uint8(2) * (blur(eo_only, 1) > 0)  # soft reaches one pixel far
     classes = np.where(eo_numbers > 0, by_number(objects.kind, eo_numbers), world.classes).astype(np.uint8)
-    return Scene(sar, np.asarray(eo), sar_only, eo_only, classes)
+    return Scene(sar, eo, change, classes)
 
 
 def draw(seed: int = 0, scene: int = 0, patch: int = 0, size: int = 256, looks: float = 4) -> Scene:
@@ -422,17 +413,11 @@ def draw(seed: int = 0, scene: int = 0, patch: int = 0, size: int = 256, looks: 
 def write_pair(index: int, out: Path, per_scene: int, seed: int, size: int, looks: float) -> None:
     """Draws pair number `index` and writes its four pictures; each appears under its name only when complete."""
     scene, patch = divmod(index, per_scene)
-    season, pair = SEASONS[scene % len(SEASONS)][0], draw(seed, scene, patch, size, looks)
-    change = pair.sar_only + 2 * pair.eo_only.astype(np.uint8)
-    for kind, pixels, palette in (
-        ("s1", pair.sar, None),
-        ("s2", pair.eo, None),
-        ("change", change, CHANGE_COLOURS),
-        ("class", pair.classes, COLOURS),
-    ):
+    season, palettes = SEASONS[scene % len(SEASONS)][0], {"change": CHANGE_COLOURS, "class": COLOURS}
+    for kind, pixels in zip(("s1", "s2", "change", "class"), draw(seed, scene, patch, size, looks), strict=True):
         picture = Image.fromarray(pixels)
-        if palette is not None:
-            picture.putpalette(np.array(palette, np.uint8).tobytes())
+        if kind in palettes:
+            picture.putpalette(np.array(palettes[kind], np.uint8).tobytes())
         path = out / season / f"{kind}_{scene}" / f"{season}_{kind}_{scene}_p{patch}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
