@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def find_pairs(root: str | Path) -> Pairs:
     Files of no known layout (labels, masks, readmes) are ignored. ValueError: not a folder, unreadable,
     empty, no known layout, no image with a partner, or pairs of two layouts.
     """
-    files, found = walk_files(root), []
+    files, found, paired = walk_files(root), [], []
     for layout, sar_kind, scene, pattern in LAYOUTS:
         pattern = re.compile(r"(?P<at>(?:.*/)?)" + pattern, re.DOTALL)
         sars, eos, rest = {}, {}, []  # SAR and EO images: {what the paths of a pair share: path}
@@ -80,23 +81,25 @@ def find_pairs(root: str | Path) -> Pairs:
                 rest.append(name)
         files = rest
         if sars or eos:
-            found.append((layout, scene, pattern, sars, eos))
+            found.append((layout, sars, eos))
+        if sars.keys() & eos.keys():
+            paired.append((layout, scene, pattern, sars, eos))
 
     if not found:
         known = ", ".join(layout for layout, *_ in LAYOUTS)
         what = "holds none of the known datasets" if files else "is empty"
         raise ValueError(f"{str(root)!r} {what} ({known}): the simplest is sar/NAME.png with eo/NAME.png")
-    paired = [entry for entry in found if entry[-2].keys() & entry[-1].keys()]
-    if len(paired) > 1:
-        names = " and ".join(layout for layout, *_ in paired)
-        raise ValueError(f"{str(root)!r} holds pairs of {names}: give the folder of one dataset")
-    layout, scene, pattern, sars, eos = (paired or found)[0]
     if not paired:
+        layout, sars, eos = found[0]
         raise ValueError(
             f"{str(root)!r} looks like {layout}, but of its {len(sars)} SAR and {len(eos)} EO images "
             f"none has a partner, e.g. {min([*sars.values(), *eos.values()])!r}: put both kinds there, named alike"
         )
+    if len(paired) > 1:
+        names = " and ".join(layout for layout, *_ in paired)
+        raise ValueError(f"{str(root)!r} holds pairs of {names}: give the folder of one dataset")
 
+    ((layout, scene, pattern, sars, eos),) = paired
     pairs, both = [], sars.keys() & eos.keys()
     for key in sorted(both, key=sars.__getitem__):
         groups = pattern.fullmatch(sars[key]).groupdict()
@@ -111,11 +114,10 @@ def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
 
     ValueError: no images, or some without a partner.
     """
-    found = []
-    for root in (images, truth):
-        names = (name for name in walk_files(root) if name.lower().endswith(SUFFIXES))
-        found.append(by_name((Path(root, name) for name in names), root))
-    made, true = found
+    made, true = (
+        by_name((Path(root, name) for name in walk_files(root) if name.lower().endswith(SUFFIXES)), root)
+        for root in (images, truth)
+    )
     if not made and not true:
         raise ValueError(f"neither {str(images)!r} nor {str(truth)!r} holds PNG, JPEG or TIFF images")
     if alone := [(made | true)[name] for name in sorted(made.keys() ^ true.keys())]:
@@ -203,9 +205,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> 
     if {pair.split for pair in pairs} == {"train", "test"}:
         return [p for p in pairs if p.split == "train"], [p for p in pairs if p.split == "test"]
 
-    sizes: dict[str, int] = {}
-    for pair in pairs:
-        sizes[pair.scene] = sizes.get(pair.scene, 0) + 1
+    sizes = Counter(pair.scene for pair in pairs)
     if len(sizes) < 2:
         raise ValueError(
             f"{len(pairs)} pair(s) from {len(sizes)} scene(s): too few scenes to split without a leak, "

@@ -160,7 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(describe(found)))
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
     held_out = PairDataset(test_pairs, args.size, train=False)
-    test = [torch.stack(images) for images in zip(*(held_out[i] for i in range(min(HELD_OUT, len(held_out)))))]
+    samples = [held_out[i] for i in range(min(HELD_OUT, len(held_out)))]
+    test = [torch.stack(images) for images in zip(*samples)]
 
     torch.manual_seed(args.seed)  # of the initial weights; fit draws everything else by position
     vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)

@@ -76,7 +76,7 @@ class Scene(NamedTuple):
 
 class Objects(NamedTuple):
     outline: np.ndarray  # (N, 5) complex, pixels
-    kind: np.ndarray  # (N,) ROOF or SHIP
+    kind: np.ndarray  # (N,) uint8, ROOF or SHIP
     height: np.ndarray  # (N,) float32, pixels
     corner: np.ndarray  # (N,) float32, the echo of the corner of wall and ground, dB
     colour: np.ndarray  # (N, 3) float32, in the EO image
@@ -282,7 +282,7 @@ def plan(seed: int, scene: int, patch: int, size: int) -> World:
     berths = [at for at in lattice(rng, size, 34) if rng.uniform() < 0.3]
     ships = [(at, np.exp(1j * rng.uniform(0, 2 * math.pi)), rng.uniform(4.5, 9) * (1 + 0.3j), 0) for at in berths]
     ships = has_room(ships, classes == WATER, margin=1.7)
-    kind = np.repeat((ROOF, SHIP), (len(houses), len(ships)))
+    kind = np.repeat(np.uint8((ROOF, SHIP)), (len(houses), len(ships)))
     centre, along, half, height = np.concatenate([houses, ships]).T[:, :, None]  # (N, 1) each
     x = np.where(kind[:, None] == SHIP, (-1, 0.5, 1, 0.5, -1), (-1, 1, 1, 1, -1))  # ships have a bow
     outline = centre + along * (half.real * x + 1j * half.imag * (-1, -1, 0, 1, 1))
@@ -331,10 +331,10 @@ def radar(world: World, texture: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     A house is, from west to east: its front, leaning over the ground before it; the corner of wall and ground, which
     sends the pulse straight back (the more so the better the wall faces the radar); its roof; its shadow.
     """
-    classes, objects, (_, season, _) = world.classes, world.objects, SEASONS[world.season]
+    classes, objects, (_, plants, _) = world.classes, world.objects, SEASONS[world.season]
     forest, free = classes == FOREST, numbers == 0
     trees = forest * TREES
-    db = DB[classes] + SEASON[classes] * np.float32(season) + texture
+    db = DB[classes] + SEASON[classes] * np.float32(plants) + texture
     db[cast(trees, 1, 0, RADAR_SHADOW) & ~forest] -= 5  # some light comes through
     db[cast(trees, -1, 0, LAYOVER) & ~forest] = -5
     db[world.bridge] = -4
@@ -397,7 +397,7 @@ def render(world: World, rng: np.random.Generator, looks: float) -> Scene:
     eo = np.asarray(Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8)).filter(soft))
 
     change = sar_only + np.uint8(2) * (blur(eo_only, 1) > 0)  # soft reaches one pixel far
-    classes = np.where(eo_numbers > 0, by_number(objects.kind, eo_numbers), world.classes).astype(np.uint8)
+    classes = np.where(eo_numbers > 0, by_number(objects.kind, eo_numbers), world.classes)
     return Scene(sar, eo, change, classes)
 
 
