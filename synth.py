@@ -331,8 +331,9 @@ def radar(world: World, texture: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     A house is, from west to east: its front, leaning over the ground before it; the corner of wall and ground, which
     sends the pulse straight back (the more so the better the wall faces the radar); its roof; its shadow.
     """
-    classes, objects, (_, plants, _) = world.classes, world.objects, SEASONS[world.season]
-    forest, free = classes == FOREST, numbers == 0
+    classes, objects, free = world.classes, world.objects, numbers == 0
+    _, plants, _ = SEASONS[world.season]
+    forest = classes == FOREST
     trees = forest * TREES
     db = DB[classes] + SEASON[classes] * np.float32(plants) + texture
     db[cast(trees, 1, 0, RADAR_SHADOW) & ~forest] -= 5  # some light comes through
@@ -360,9 +361,9 @@ def radar(world: World, texture: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 def camera(world: World, texture: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Colours (H, W, 3) float32 with the objects of these numbers (H, W), in 0..255 or a little outside."""
     classes, objects, there = world.classes, world.objects, numbers > 0
+    _, _, gain = SEASONS[world.season]
     water, forest = classes == WATER, classes == FOREST
-    gain = np.array(SEASONS[world.season][2], dtype=np.float32)
-    rgb = (COLOURS * (1 + SEASON[:, None] * (gain - 1)))[classes]
+    rgb = (COLOURS * (1 + SEASON[:, None] * (np.float32(gain) - 1)))[classes]
     shallow = np.clip(1.8 - 1.6 * blur(water, 9), 0, 1) * water
     rgb += shallow[..., None] * np.array((14, 30, 22), dtype=np.float32)
     rgb *= (1 + texture / 9)[..., None]
