@@ -253,18 +253,25 @@ def seed_of(*parts: object) -> int:
 # Training samples
 
 
+def room(height: int, width: int, size: int) -> tuple[int, int]:
+    """How far a crop can move, down and to the right. ValueError: the image is smaller."""
+    if min(height, width) < size:
+        raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}")
+    return height - size, width - size
+
+
 def draw_augmentation(height: int, width: int, size: int, generator: torch.Generator) -> tuple[int, int, int]:
     """The paper's augmentation: a random crop, then flips and a rotation, each with probability 0.5.
 
     Returns the crop's top and left, and the orientation 0..7 for `orient`. A rotation is by 0..3 quarters, as
     in the released code. ValueError: the image is smaller than the crop.
     """
-    _check_crop(height, width, size)
+    down, right = room(height, width, size)
 
     def draw(n: int) -> int:
         return int(torch.randint(n, (), generator=generator))
 
-    top, left = draw(height - size + 1), draw(width - size + 1)
+    top, left = draw(down + 1), draw(right + 1)
     horizontal, vertical, rotate, turns = draw(2), draw(2), draw(2), draw(4)
     # Both flips are half a turn; a vertical one alone is a horizontal one and half a turn.
     return top, left, (horizontal ^ vertical) * 4 + (turns * rotate + 2 * vertical) % 4
@@ -284,15 +291,9 @@ def crop_and_orient(image: Tensor, size: int, top: int, left: int, orientation: 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
     """(..., H, W) -> (..., size, size). ValueError: the image is smaller."""
-    height, width = image.shape[-2:]
-    _check_crop(height, width, size)
-    top, left = (height - size) // 2, (width - size) // 2
+    down, right = room(*image.shape[-2:], size)
+    top, left = down // 2, right // 2
     return image[..., top : top + size, left : left + size]
-
-
-def _check_crop(height: int, width: int, size: int):
-    if min(height, width) < size:
-        raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}")
 
 
 def read_pair(pair: Pair, read: Callable[[Path], Tensor] = read_sar) -> tuple[Tensor, Tensor]:
@@ -351,8 +352,8 @@ class PairDataset(torch.utils.data.Dataset):
         try:
             if not self.train:
                 return center_crop(sar, self.size), center_crop(eo, self.size)
-            top, left, orientation = self.augmentation(position, *sar.shape[-2:])
-            return tuple(crop_and_orient(image, self.size, top, left, orientation) for image in (sar, eo))
+            place = self.augmentation(position, *sar.shape[-2:])
+            return crop_and_orient(sar, self.size, *place), crop_and_orient(eo, self.size, *place)
         except ValueError as error:
             raise ValueError(f"{str(pair.sar)!r}: {error}") from None
 
