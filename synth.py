@@ -132,19 +132,19 @@ def lattice(rng: np.random.Generator, size: int, cell: float) -> np.ndarray:
     return (x + 1j * y.T).ravel()
 
 
-def curve(rng: np.random.Generator, size: int, bend: float, wavelength: float) -> np.ndarray:
-    """Points (N,) complex of a line that crosses the picture and sways to both sides, `bend` radians or so."""
+def flat(points: np.ndarray | list[complex]) -> list[float]:
+    """Complex points as the list x, y, x, y, ... that Pillow draws from."""
+    return np.array(points).view(float).tolist()
+
+
+def curve(rng: np.random.Generator, size: int, bend: float, wavelength: float) -> list[float]:
+    """A line, `flat`, that crosses the picture and sways to both sides, `bend` radians or so."""
     t = np.arange(-1.5 * size, 1.5 * size, 4.0)
     sway = np.zeros(len(t))
     for length in (wavelength * rng.uniform(0.8, 1.25), wavelength * rng.uniform(0.3, 0.5)):
         sway += bend * length / (2 * math.pi) * np.sin(2 * math.pi * (t / length + rng.uniform()))
     middle = complex(*rng.uniform(0.2, 0.8, 2)) * size
-    return middle + np.exp(1j * rng.uniform(0, math.pi)) * (t + 1j * sway)
-
-
-def flat(points) -> list[float]:
-    """Complex points as the list x, y, x, y, ... that Pillow draws from."""
-    return np.array(points).view(float).tolist()
+    return flat(middle + np.exp(1j * rng.uniform(0, math.pi)) * (t + 1j * sway))
 
 
 # ---------------------------------------------------------------- the plan: what stands where
@@ -183,7 +183,7 @@ def draw_water(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
         picture = Image.new("L", (size, size))
         for _ in range(1 + size // 600):
             line, width = curve(rng, size, 0.9, rng.uniform(120, 260)), int(rng.uniform(10, 30))
-            ImageDraw.Draw(picture).line(flat(line), 1, width, "curve")
+            ImageDraw.Draw(picture).line(line, 1, width, "curve")
         return blur(np.asarray(picture) > 0, 5) + 0.12 * noise(rng, size, 14) > 0.5
     if kind == "lakes":
         return noise(rng, size, 80) + 0.15 * noise(rng, size, 16) > rng.uniform(0.6, 1.1)
@@ -273,7 +273,7 @@ def plan(seed: int, scene: int, patch: int, size: int) -> World:
     classes[water] = WATER
     roads = Image.new("L", (size, size))
     for _ in range(rng.integers(1, 3) + size // 400):
-        ImageDraw.Draw(roads).line(flat(curve(rng, size, 0.25, 300)), 1, int(rng.integers(3, 5)), "curve")
+        ImageDraw.Draw(roads).line(curve(rng, size, 0.25, 300), 1, int(rng.integers(3, 5)), "curve")
     road = (np.asarray(roads) > 0) & (blur(water, 24) < 0.75)
     classes[road] = ROAD
 
