@@ -26,8 +26,6 @@ from files import exclusive, read_json, write_json
 from unet import UNet
 from vae import AutoencoderKL
 
-ORIENTATIONS = 8
-
 
 class CachedLatents(Dataset):
     """The samples of `pairs` as latents: position -> (z_sar, z_eo), each float32 (C, h, w). See `build_cache`."""
@@ -73,19 +71,22 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
     cached), or if the disk is too small.
     """
     side = pairs.size // model.vae.factor
-    orientations = ORIENTATIONS if pairs.flips else 1
+    orientations = 8 if pairs.flips else 1
     shape = (orientations, 2, model.vae.config["latent_channels"], side, side)
     about = {"fingerprint": fingerprint(model, pairs), "shape": list(shape)}
     file, manifest = folder / "latents.bin", folder / "cache.json"
     with exclusive(folder):
-        if not (manifest.exists() and read_json(manifest) == about):
-            if manifest.exists() and file.exists() and file.stat().st_size:
+        was = read_json(manifest) if manifest.exists() else None
+        held = file.stat().st_size if file.exists() else 0
+        if was != about:
+            if was is not None and held:
                 what = "the cache of another model, dataset, split (--seed), --size or --no-flips"
                 raise ValueError(f"{folder} holds {what}: delete it, or name another folder")
             file.unlink(missing_ok=True)
+            held = 0
             write_json(manifest, about)
-        record = 2 * prod(shape)
-        done = file.stat().st_size // record if file.exists() else 0
+        record = 2 * prod(shape)  # bytes
+        done = held // record
         needed, free = record * (len(pairs) - done), shutil.disk_usage(folder).free
         if needed > free:
             space = f"{needed / 1e9:.1f} GB for the cache, and {free / 1e9:.1f} GB are free"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,46 +68,45 @@ def find_pairs(root: str | Path) -> Pairs:
     Files of no known layout (labels, masks, readmes) are ignored. ValueError: not a folder, unreadable,
     empty, no known layout, no image with a partner, or pairs of two layouts.
     """
-    files, found = walk_files(root), []
+    files, found, paired = walk_files(root), [], []
     for layout, sar_kind, scene, pattern in LAYOUTS:
         pattern = re.compile(r"(?P<at>(?:.*/)?)" + pattern, re.DOTALL)
         sars, eos, rest = {}, {}, []  # SAR and EO images: {what the paths of a pair share: path}
         for name in files:
             if match := pattern.fullmatch(name):
-                groups = match.groupdict()
-                side = sars if groups.pop("kind") == sar_kind else eos
-                side[tuple(groups.values())] = name
+                shared = match.groupdict()
+                side = sars if shared.pop("kind") == sar_kind else eos
+                side[tuple(shared.values())] = name
             else:
                 rest.append(name)
         files = rest
         if sars or eos:
-            names = [name for name in pattern.groupindex if name != "kind"]
-            found.append((layout, sars, eos, names, scene))
+            found.append((layout, sars, eos))
+        if sars.keys() & eos.keys():
+            paired.append((layout, scene, pattern, sars, eos))
 
-    paired = [entry for entry in found if entry[1].keys() & entry[2].keys()]
     if not found:
         known = ", ".join(layout for layout, *_ in LAYOUTS)
         what = "holds none of the known datasets" if files else "is empty"
         raise ValueError(f"{str(root)!r} {what} ({known}): the simplest is sar/NAME.png with eo/NAME.png")
     if not paired:
-        layout, sars, eos, *_ = found[0]
-        first = min([*sars.values(), *eos.values()])
+        layout, sars, eos = found[0]
         raise ValueError(
             f"{str(root)!r} looks like {layout}, but of its {len(sars)} SAR and {len(eos)} EO images "
-            f"none has a partner, e.g. {first!r}: put both kinds there, named alike"
+            f"none has a partner, e.g. {min([*sars.values(), *eos.values()])!r}: put both kinds there, named alike"
         )
     if len(paired) > 1:
         names = " and ".join(layout for layout, *_ in paired)
         raise ValueError(f"{str(root)!r} holds pairs of {names}: give the folder of one dataset")
 
-    ((layout, sars, eos, names, scene),) = paired
-    root, both, pairs = Path(root), sars.keys() & eos.keys(), []
+    ((layout, scene, pattern, sars, eos),) = paired
+    pairs, both = [], sars.keys() & eos.keys()
     for key in sorted(both, key=sars.__getitem__):
-        groups = dict(zip(names, key, strict=True))
+        groups = pattern.fullmatch(sars[key]).groupdict()
         scene_name = "_".join(groups[name] for name in scene)
-        pairs.append(Pair(root / sars[key], root / eos[key], scene_name, groups.get("split")))
+        pairs.append(Pair(Path(root, sars[key]), Path(root, eos[key]), scene_name, groups.get("split")))
     unpaired = sorted(side[key] for side in (sars, eos) for key in side.keys() - both)
-    return Pairs(layout, pairs, [root / name for name in unpaired])
+    return Pairs(layout, pairs, [Path(root, name) for name in unpaired])
 
 
 def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
@@ -114,16 +114,14 @@ def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
 
     ValueError: no images, or some without a partner.
     """
-    found = []
-    for root in (images, truth):
-        names = (name for name in walk_files(root) if name.lower().endswith(SUFFIXES))
-        found.append(by_name((Path(root, name) for name in names), root))
-    made, true = found
+    made, true = (
+        by_name((Path(root, name) for name in walk_files(root) if name.lower().endswith(SUFFIXES)), root)
+        for root in (images, truth)
+    )
     if not made and not true:
         raise ValueError(f"neither {str(images)!r} nor {str(truth)!r} holds PNG, JPEG or TIFF images")
-    if alone := [str((made | true)[name]) for name in sorted(made.keys() ^ true.keys())]:
-        listed = ", ".join(map(repr, alone[:3])) + ", ..." * (len(alone) > 3)
-        raise ValueError(f"{len(alone)} image(s) without one of the same name in the other folder: {listed}")
+    if alone := [(made | true)[name] for name in sorted(made.keys() ^ true.keys())]:
+        raise ValueError(f"{len(alone)} image(s) without one of the same name in the other folder: {listed(alone)}")
     return [Pair(made[name], true[name], name, None) for name in sorted(made)]
 
 
@@ -161,19 +159,23 @@ def walk_files(root: str | Path) -> list[str]:
     return names
 
 
+def listed(paths: Sequence[Path]) -> str:
+    """The first three of them, for messages."""
+    return ", ".join(repr(str(path)) for path in paths[:3]) + ", ..." * (len(paths) > 3)
+
+
 def describe(found: Pairs) -> list[str]:
     """What was found, in lines to print. Reads the first pairs, so it also says early what cannot be read."""
+
+    def raster(path: Path) -> str:
+        bands = read_raster(path).bands
+        return f"{path.name!r}: {bands.shape[2]}x{bands.shape[1]}, {len(bands)} band(s) of {bands.dtype}"
+
     scenes = len({pair.scene for pair in found.pairs})
     lines = [f"{found.layout}: {len(found.pairs):,} pairs in {scenes:,} scenes"]
-    first = 3
-    for pair in found.pairs[:first]:
-        sar, eo = (read_raster(path).bands for path in (pair.sar, pair.eo))
-        sizes = [f"{a.shape[2]}x{a.shape[1]}, {a.shape[0]} band(s) of {a.dtype}" for a in (sar, eo)]
-        lines.append(f"  {pair.sar.name!r}: {sizes[0]}; {pair.eo.name!r}: {sizes[1]}")
+    lines += [f"  {raster(pair.sar)}; {raster(pair.eo)}" for pair in found.pairs[:3]]
     if found.unpaired:
-        names = ", ".join(repr(str(path)) for path in found.unpaired[:first])
-        more = ", ..." if len(found.unpaired) > first else ""
-        lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {names}{more}")
+        lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {listed(found.unpaired)}")
     return lines
 
 
@@ -203,9 +205,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> 
     if {pair.split for pair in pairs} == {"train", "test"}:
         return [p for p in pairs if p.split == "train"], [p for p in pairs if p.split == "test"]
 
-    sizes: dict[str, int] = {}
-    for pair in pairs:
-        sizes[pair.scene] = sizes.get(pair.scene, 0) + 1
+    sizes = Counter(pair.scene for pair in pairs)
     if len(sizes) < 2:
         raise ValueError(
             f"{len(pairs)} pair(s) from {len(sizes)} scene(s): too few scenes to split without a leak, "
@@ -253,18 +253,25 @@ def seed_of(*parts: object) -> int:
 # Training samples
 
 
+def room(height: int, width: int, size: int) -> tuple[int, int]:
+    """How far a crop can move, down and to the right. ValueError: the image is smaller."""
+    if min(height, width) < size:
+        raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}")
+    return height - size, width - size
+
+
 def draw_augmentation(height: int, width: int, size: int, generator: torch.Generator) -> tuple[int, int, int]:
     """The paper's augmentation: a random crop, then flips and a rotation, each with probability 0.5.
 
     Returns the crop's top and left, and the orientation 0..7 for `orient`. A rotation is by 0..3 quarters, as
     in the released code. ValueError: the image is smaller than the crop.
     """
-    _check_crop(height, width, size)
+    down, right = room(height, width, size)
 
     def draw(n: int) -> int:
         return int(torch.randint(n, (), generator=generator))
 
-    top, left = draw(height - size + 1), draw(width - size + 1)
+    top, left = draw(down + 1), draw(right + 1)
     horizontal, vertical, rotate, turns = draw(2), draw(2), draw(2), draw(4)
     # Both flips are half a turn; a vertical one alone is a horizontal one and half a turn.
     return top, left, (horizontal ^ vertical) * 4 + (turns * rotate + 2 * vertical) % 4
@@ -284,15 +291,9 @@ def crop_and_orient(image: Tensor, size: int, top: int, left: int, orientation: 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
     """(..., H, W) -> (..., size, size). ValueError: the image is smaller."""
-    height, width = image.shape[-2:]
-    _check_crop(height, width, size)
-    top, left = (height - size) // 2, (width - size) // 2
+    down, right = room(*image.shape[-2:], size)
+    top, left = down // 2, right // 2
     return image[..., top : top + size, left : left + size]
-
-
-def _check_crop(height: int, width: int, size: int):
-    if min(height, width) < size:
-        raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}")
 
 
 def read_pair(pair: Pair, read: Callable[[Path], Tensor] = read_sar) -> tuple[Tensor, Tensor]:
@@ -351,8 +352,8 @@ class PairDataset(torch.utils.data.Dataset):
         try:
             if not self.train:
                 return center_crop(sar, self.size), center_crop(eo, self.size)
-            top, left, orientation = self.augmentation(position, *sar.shape[-2:])
-            return tuple(crop_and_orient(image, self.size, top, left, orientation) for image in (sar, eo))
+            place = self.augmentation(position, *sar.shape[-2:])
+            return crop_and_orient(sar, self.size, *place), crop_and_orient(eo, self.size, *place)
         except ValueError as error:
             raise ValueError(f"{str(pair.sar)!r}: {error}") from None
 

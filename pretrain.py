@@ -32,6 +32,9 @@ from vae import AutoencoderKL
 TOKENS, CONTEXT = 6, 64  # shape of the prompt embedding; 6 tokens as with SD
 GROUPS = 8  # of the GroupNorms: SD's 32 would leave narrow layers a channel or less a group
 KL_WEIGHT = 3e-4
+HELD_OUT = 64  # pairs that validation looks at, and that the scaling factor is measured on
+
+Images = list[Tensor]  # SAR and EO, (B, 3, size, size) each
 
 
 def small_vae(widths: list[int]) -> AutoencoderKL:
@@ -62,25 +65,20 @@ def small_unet(widths: list[int], layers: int) -> UNet:
     )
 
 
-def gradients(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels along both axes."""
-    return image.diff(dim=2), image.diff(dim=3)
-
-
 def vae_loss(image: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     """L1 on pixels and on their gradients (edges), and a slight pull of the latents to a standard normal."""
     loss = F.l1_loss(reconstruction, image)
-    for ours, theirs in zip(gradients(reconstruction), gradients(image)):
-        loss = loss + 0.5 * F.l1_loss(ours, theirs)
+    for axis in (2, 3):
+        loss = loss + 0.5 * F.l1_loss(reconstruction.diff(dim=axis), image.diff(dim=axis))
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     return loss + KL_WEIGHT * kl
 
 
-def train_vae(vae: AutoencoderKL, train: PairDataset, test: list[tuple[Tensor, Tensor]], settings: Settings) -> int:
+def train_vae(vae: AutoencoderKL, train: PairDataset, test: Images, settings: Settings) -> int:
     """Trains the VAE on both images of each pair; validation gives the PSNR of both. Returns the exit code."""
     device = next(vae.parameters()).device
 
-    def loss(vae: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
+    def loss(vae: nn.Module, batch: Images, positions: list[int]) -> Tensor:
         image = torch.cat(batch).to(device)  # SAR and EO images, one batch
         mean, logvar = vae.encode(image)
         noise, _ = sample_noise((2, *mean.shape[1:]), settings.seed, positions)
@@ -89,37 +87,31 @@ def train_vae(vae: AutoencoderKL, train: PairDataset, test: list[tuple[Tensor, T
 
     @torch.inference_mode()
     def validate(_step: int) -> dict[str, float]:
-        errors = [
-            (vae.decode(vae.encode(image.to(device))[0]).clamp(-1, 1).cpu() - image).square().mean() / 4
-            for image in (torch.stack([eo for _, eo in test]), torch.stack([sar for sar, _ in test]))
-        ]
-        return {name: -10 * float(error.log10()) for name, error in zip(("psnr_eo", "psnr_sar"), errors)}
+        metrics, (sar, eo) = {}, test
+        for name, image in (("psnr_eo", eo), ("psnr_sar", sar)):
+            decoded = vae.decode(vae.encode(image.to(device))[0]).clamp(-1, 1).cpu()
+            metrics[name] = -10 * float(((decoded - image).square().mean() / 4).log10())
+        return metrics
 
     with run_folder(settings):
         return fit(vae, loss, train, settings, validate)
 
 
-def measure_scaling_factor(vae: AutoencoderKL, samples: list[tuple[Tensor, Tensor]], device: str) -> float:
-    """1 / standard deviation of the EO latents: what SD's 0.18215 is for SD's VAE."""
-    with torch.inference_mode():
-        return 1 / float(vae.encode(torch.stack([eo for _, eo in samples]).to(device))[0].std())
-
-
-def train_unet(model: CDiffSET, train: PairDataset, test: list[tuple[Tensor, Tensor]], settings: Settings) -> int:
+def train_unet(model: CDiffSET, train: PairDataset, test: Images, settings: Settings) -> int:
     """Trains the unconditional U-Net on EO latents with plain L2; the score is minus the validation loss."""
     scheduler, context = model.scheduler, model.prompt_embedding
 
-    def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
+    def loss(unet: nn.Module, batch: Images, positions: list[int]) -> Tensor:
+        _, eo = batch
         with torch.no_grad():
-            z = model.encode(batch[1].to(context.device)).float()
+            z = model.encode(eo.to(context.device)).float()
         noise, t = (x.to(z.device) for x in sample_noise(z.shape[1:], settings.seed, positions))
         prediction = unet(scheduler.add_noise(z, noise, t), t, context)
         return F.mse_loss(prediction.float(), scheduler.target(z, noise, t))
 
     @torch.inference_mode()
     def validate(_step: int) -> dict[str, float]:
-        batch = [torch.stack(images) for images in zip(*test)]
-        value = float(loss(model.unet, batch, list(range(len(test)))))
+        value = float(loss(model.unet, test, list(range(len(test[0])))))
         return {"score": -value, "loss": value}
 
     with run_folder(settings):
@@ -168,7 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(describe(found)))
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
     held_out = PairDataset(test_pairs, args.size, train=False)
-    test = [held_out[i] for i in range(min(64, len(held_out)))]
+    samples = [held_out[i] for i in range(min(HELD_OUT, len(held_out)))]
+    test = [torch.stack(images) for images in zip(*samples)]
 
     torch.manual_seed(args.seed)  # of the initial weights; fit draws everything else by position
     vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)
@@ -185,23 +178,22 @@ def main(arguments: list[str] | None = None) -> int:
         "workers": args.workers, "save_every": args.save_every, "validate_every": 250,
     }  # fmt: skip
     about = {"data": dataset_name(found, args.data), "vae": repr(vae.config)}
-    scratch = args.out / ".pretrain"
-    crops = PairDataset(train_pairs, args.vae_size, args.seed)
     vae_about = about | {"size": args.vae_size}
-    settings = Settings(scratch / "vae", args.vae_steps, lr=args.vae_lr, about=vae_about, **common)
-    if code := train_vae(vae, crops, test, settings):
+    settings = Settings(args.out / ".pretrain" / "vae", args.vae_steps, lr=args.vae_lr, about=vae_about, **common)
+    if code := train_vae(vae, PairDataset(train_pairs, args.vae_size, args.seed), test, settings):
         return code
     vae.eval().requires_grad_(False)
-    vae.scaling_factor = vae.config["scaling_factor"] = round(measure_scaling_factor(vae, test, device), 5)
-    crops = PairDataset(train_pairs, args.size, args.seed)
-    unet_about = about | {"size": args.size, "unet": repr(unet.config), "predicts": args.prediction_type}
-    unet_about |= {"scaling_factor": vae.scaling_factor}
-    settings = Settings(scratch / "unet", args.unet_steps, lr=args.unet_lr, about=unet_about, **common)
-    code = train_unet(model, crops, test, settings)
-    if not code:
-        model.save_pretrained(args.out)
-        print(f"wrote {args.out} (scaling factor {vae.scaling_factor}); next: python train.py --model {args.out}")
-    return code
+    with torch.inference_mode():  # what 0.18215 is for SD's VAE: 1 / standard deviation of the EO latents
+        factor = round(1 / float(vae.encode(test[1].to(device))[0].std()), 5)
+    vae.scaling_factor = vae.config["scaling_factor"] = factor
+
+    about |= {"size": args.size, "unet": repr(unet.config), "predicts": args.prediction_type, "scaling_factor": factor}
+    settings = Settings(args.out / ".pretrain" / "unet", args.unet_steps, lr=args.unet_lr, about=about, **common)
+    if code := train_unet(model, PairDataset(train_pairs, args.size, args.seed), test, settings):
+        return code
+    model.save_pretrained(args.out)
+    print(f"wrote {args.out} (scaling factor {factor}); next: python train.py --model {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
