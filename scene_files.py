@@ -3,24 +3,24 @@
 file -> Source.read -> a part of the SAR image        parts of the results -> write_geotiffs, write_pictures
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from files import atomic
 from images import (
-    MIN_SIDE,
-    ImageError,
     Raster,
     confidence_picture,
     grid,
     is_geotiff,
     open_geotiff,
-    read_raster,
+    read_picture,
     read_window,
     sar_image,
     sar_range,
@@ -34,7 +34,7 @@ SHEET_SIDE = 256  # pixels of a picture in a contact sheet
 
 
 class Source:
-    """An opened SAR image: in memory, or for a large GeoTIFF read by windows.
+    """An opened SAR image: in memory, or read by windows if it is a GeoTIFF.
 
     placed: it has a place on earth or a no-data value to keep, so that results should be GeoTIFFs.
     ImageError names the file and what is wrong with it.
@@ -42,33 +42,25 @@ class Source:
 
     def __init__(self, path: Path, scale: str = "auto", stretch: tuple[float, float] | None = None):
         self.path, self.dataset, self.raster, self.placed = path, None, None, False
-        if path.is_file() and is_geotiff(path):
+        if is_geotiff(path):
             self.dataset = file = open_geotiff(path)
             self.height, self.width = file.shape
-            size = f"{str(path)!r} is {file.width}x{file.height} pixels"
-            if min(file.shape) < MIN_SIDE:
-                raise ImageError(f"{size}: each side needs at least {MIN_SIDE}")
-            if file.height * file.width > max(2**24, 4000 * path.stat().st_size):  # no compression exceeds 4000
-                raise ImageError(f"{size} but too small a file for it: damaged or a trap")
             self.placed = bool(file.crs or file.gcps[0] or file.rpcs or not file.transform.is_identity)
             self.placed |= file.nodata is not None
             reduced = self.overview(OVERVIEW)
-            if reduced.valid.shape == file.shape:
-                self.raster = reduced
         else:
-            reduced = self.raster = read_raster(path)
+            reduced = self.raster = read_picture(path)
             self.height, self.width = reduced.valid.shape
         self.limits = sar_range(reduced, scale, stretch)
 
     def overview(self, side: int) -> Raster:
         """The whole image, thinned out so that no side is longer than this."""
         shrink = max(1.0, max(self.height, self.width) / side)
-        shape = round(self.height / shrink) or 1, round(self.width / shrink) or 1
         if self.raster is None:
-            return read_window(self.dataset, shape=shape)
+            return read_window(self.dataset, shape=tuple(round(n / shrink) or 1 for n in (self.height, self.width)))
         bands, valid, source = self.raster
-        rows, columns = (np.arange(n) * size // n for n, size in zip(shape, valid.shape))
-        return Raster(bands[:, rows][:, :, columns], valid[rows][:, columns], source)
+        step = math.ceil(shrink)
+        return Raster(bands[:, ::step, ::step], valid[::step, ::step], source)
 
     def window(self, top: int, bottom: int, left: int, right: int) -> Raster:
         """A part of the image."""
@@ -141,7 +133,7 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
     cache = max(2**25, 2**12 * source.width)
     with ExitStack() as names, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=cache):
         temporary = {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}
-        sums = dict.fromkeys(paths, 0)
+        sums = dict.fromkeys(paths, 0)  # of the bytes that should be in them
         try:
             with ExitStack() as stack:
                 files = {}
@@ -162,13 +154,15 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
                         part = np.moveaxis(np.atleast_3d(part), 2, 0)
                         files[kind].write(part, window=Window(left, top, columns, rows))
                         sums[kind] += checksum(part)
-                    files["eo"].write_mask(valid, window=Window(left, top, columns, rows))
-                    sums["eo"] += int(valid.sum())
+                    mask = np.where(valid, 255, 0).astype(np.uint8)
+                    files["eo"].write_mask(mask, window=Window(left, top, columns, rows))
+                    sums["eo"] += checksum(mask)
             for kind, path in temporary.items():  # GDAL tells nobody if the disk is full when it closes a file
                 with rasterio.open(path) as file:
                     for _, window in file.block_windows(1):
-                        mask = file.read_masks(1, window=window) if kind == "eo" else np.zeros(1)
-                        sums[kind] -= checksum(file.read(window=window)) + int((mask > 0).sum())
+                        sums[kind] -= checksum(file.read(window=window))
+                        if kind == "eo":
+                            sums[kind] -= checksum(file.read_masks(1, window=window))
                 if sums[kind]:
                     raise OSError("it reads back otherwise than it was written")
         except (rasterio.errors.RasterioError, OSError) as error:
@@ -181,29 +175,18 @@ def checksum(values: np.ndarray) -> int:
 
 
 def contact_sheet(
-    path: Path,
-    rows: list[dict[str, Path]],
-    about: dict[str, str],
-    scale: str = "auto",
-    stretch: tuple[float, float] | None = None,
+    path: Path, rows: list[dict[str, Path]], scale: str, stretch: tuple[float, float] | None, about: dict[str, str]
 ) -> None:
-    """SAR | EO | confidence | spread, brought to one size. rows: the files, by kind; SAR as it was translated."""
+    """Writes a picture of SAR images, as `scale` and `stretch` read them, beside results. rows: files by title."""
 
-    def small(kind: str, path: Path) -> np.ndarray:
-        cell = np.full((SHEET_SIDE, SHEET_SIDE, 3), 255, np.uint8)
+    def small(title: str, path: Path) -> np.ndarray:
         try:
-            source = Source(path, scale, stretch) if kind == "sar" else Source(path, "linear")  # confidence is no dB
-            picture = to_uint8(sar_image(source.overview(SHEET_SIDE), source.limits))
-            source.close()
+            source = Source(path, scale, stretch) if title == "SAR" else Source(path, "linear")  # confidence is no dB
+            picture = Image.fromarray(to_uint8(sar_image(source.overview(OVERVIEW), source.limits)))
         except (ValueError, OSError, MemoryError):  # a confidence that is no-data everywhere, say
-            return cell
-        enlarged = max(SHEET_SIDE // max(picture.shape), 1)  # small patches fill their cells
-        picture = picture.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
-        top, left = ((SHEET_SIDE - n) // 2 for n in picture.shape[:2])
-        cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-        return cell
+            picture = Image.new("RGB", (1, 1), "white")
+        return np.asarray(ImageOps.pad(picture, (SHEET_SIDE, SHEET_SIDE), color="white"))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    titles = {"sar": "SAR", "eo": "EO"}
     pictures = [[small(*file) for file in row.items()] for row in rows]
-    save_image(path, grid(pictures, [titles.get(kind, kind) for kind in rows[0]]), about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(path, grid(pictures, [title.replace("eo", "EO") for title in rows[0]]), about)

@@ -82,9 +82,9 @@ def test_weights_sum_to_one_everywhere_and_vanish_towards_inner_borders(size, sc
 def test_blending_tiles_of_a_plane_gives_the_plane(scale):
     plane = torch.randn(2, 3, 50 * scale, 37 * scale)
 
-    def cut(top, jobs):
-        for left, n in jobs:
-            yield plane[n, :, top * scale : (top + 16) * scale, left * scale : (left + 16) * scale]
+    def cut(jobs):
+        for n, rows, columns in jobs:
+            yield plane[n, :, rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale]
 
     result = torch.full_like(plane, torch.nan)
     for rows, columns, values in scene.blend(50, 37, 16, cut, 2, scale):
@@ -190,22 +190,27 @@ def test_no_seams_with_random_weights(model):
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
-    values = torch.randn(3, 20, 7)
-    with scene.Rows(tmp_path, 3, 20, 7) as rows:
-        for top in (12, 0, 5):
-            for left, right in ((3, 7), (0, 3)):
-                rows.write(top, left, values[:, top : top + 8, left:right])
-        assert torch.equal(rows.read(0, 20), values) and torch.equal(rows.read(4, 9), values[:, 4:9])
+    values = torch.randn(2, 3, 20, 7)
+    with scene.Rows(tmp_path, 3, 20, 7) as file:
+        for n in (1, 0):
+            for top in (12, 0, 5):
+                for columns in (slice(3, 7), slice(0, 3)):
+                    rows = slice(top, top + 8)
+                    file.write(n, rows, columns, values[n, :, rows, columns])
+        for n in (0, 1):
+            for rows, columns in ((slice(0, 20), slice(0, 7)), (slice(4, 9), slice(0, 7)), (slice(7, 8), slice(2, 6))):
+                assert torch.equal(file.read(n, rows, columns), values[n, :, rows, columns])
 
 
 @pytest.mark.parametrize("height, width", [(33, 29), (64, 64), (61, 3)])
 def test_noise_drawn_in_chunks_is_the_noise_of_the_contract(height, width, tmp_path, monkeypatch):
     monkeypatch.setattr(scene, "NOISE_CHUNK", 256)
-    with scene.Rows(tmp_path, 8, height, width) as rows:
+    with scene.Rows(tmp_path, 4, height, width) as rows:
         for seed in (7, 8):
-            rows.append_noise(seed, 4)
-        expected = torch.cat([initial_noise(seed, (4, height, width))[0] for seed in (7, 8)])
-        assert torch.equal(rows.read(0, height), expected)
+            rows.append_noise(seed)
+        for n, seed in enumerate((7, 8)):
+            expected = initial_noise(seed, (4, height, width))[0]
+            assert torch.equal(rows.read(n, slice(0, height), slice(0, width)), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
