@@ -280,8 +280,8 @@ def check(args: argparse.Namespace, model: CDiffSET) -> None:
 def describe(args: argparse.Namespace, **more: str) -> dict[str, str]:
     """What to write into the results, so that they can be made again."""
     names = ("unet", "steps", "spacing", "seed", "samples", "reduce", "scale", "stretch", "dtype", "tile")
-    about = {"Software": f"C-DiffSET {__version__}", "model": args.model or "models/tiny"} | more
-    about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    about = {"Software": f"C-DiffSET {__version__}", "model": args.model or "models/tiny"}
+    about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None} | more
     # without the bytes in names of files that are not UTF-8
     return {key: str(value).encode(errors="replace").decode() for key, value in about.items()}
 
