@@ -9,16 +9,16 @@ pixels could hide it. So here all tiles take each step together, and where they 
 averaged with smooth weights before the step (Bar-Tal et al., "MultiDiffusion", ICML 2023): there is one latent image
 throughout, and neighbours agree. Encoding and decoding are blended alike, as the VAE's norms look at a whole tile.
 
-Latents lie in temporary files without names (`Rows`), and all stages go through the scene tile by tile (`blend`).
-So memory depends on the tile, little on the scene's width (what a row of tiles shares with the next is kept) and not
-on its height.
+Latents lie in temporary files without names (`OnDisk`), and all stages go through the scene tile by tile (`blend`).
+So memory depends on the tile, and little on the scene: what a row of tiles shares with the next is kept, and the
+noise, a quarter of a byte for each pixel, is drawn at once.
 """
 
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdiffset import CDiffSET, denoise, pad_to_multiple, variance
+from cdiffset import CDiffSET, denoise, initial_noise, pad_to_multiple, variance
 from scheduler import DDIMScheduler
 
-NOISE_CHUNK = 2**20  # numbers drawn at a time
 MARGIN = 4  # latent rows that bicubic resizing must see beyond a window: its kernel reaches 2
 Job = tuple[int, slice, slice]  # of a sample, a tile: rows, columns
 
@@ -70,7 +69,7 @@ def translate_scene(
         image = read(rows.start * factor, bottom, columns.start * factor, right)
         return pad_to_multiple(image[None].float(), model.unit)[0]
 
-    # what the networks do for some tiles at once, of any samples: (B, C, ...)
+    # what the networks do for some tiles at once: (B, C, ...)
     def encode(jobs: list[Job]) -> Tensor:
         return model.encode(torch.stack([pixels(*place) for _, *place in jobs]).to(context.device))
 
@@ -85,15 +84,6 @@ def translate_scene(
     def decode(jobs: list[Job]) -> Tensor:
         return model.decode(torch.stack([z_t.read(*job) for job in jobs]).to(context.device))
 
-    def in_tiles(compute: Callable[[list[Job]], Tensor], samples: int, scale: int = 1) -> Iterator:
-        def computed(jobs: list[Job]) -> Iterator[Tensor]:
-            for part in batches(jobs, batch):
-                values = compute(part).float()
-                progress(len(part))
-                yield from values
-
-        return blend(h, w, side, computed, samples, scale)
-
     def resized(rows: slice, columns: slice) -> Tensor:  # confidence (N, 1, ...) of these latent pixels
         above, before = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)
         place = slice(above, min(rows.stop + MARGIN, h)), slice(before, min(columns.stop + MARGIN, w))
@@ -102,19 +92,21 @@ def translate_scene(
         x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
         return x[:, :, (rows.start - above) * factor :, (columns.start - before) * factor :]
 
+    blended = partial(blend, h, w, side, batch=batch)
     with (
         model.unet.keeping(context),
-        Rows(folder, channels, h, w) as z_sar,
-        Rows(folder, channels, h, w) as z_t,
-        Rows(folder, 1, h, w) as confidence,
+        OnDisk(folder, channels, h, w) as z_sar,
+        OnDisk(folder, channels, h, w) as z_t,
+        OnDisk(folder, 1, h, w) as confidence,
     ):
-        for rows, columns, z in in_tiles(encode, 1):
+        for rows, columns, z in blended(encode):
             z_sar.write(0, rows, columns, z[0])
-        for seed in seeds:
-            z_t.append_noise(seed)
+            progress(1)
+        for n, seed in enumerate(seeds):
+            z_t.write(n, slice(0, h), slice(0, w), initial_noise(seed, (channels, h, w))[0])
         has_confidence = False
         for i, t in enumerate(scheduler.timesteps.tolist()):
-            for rows, columns, outputs in in_tiles(partial(predict, t, i == steps // 2), samples):
+            for rows, columns, outputs in blended(partial(predict, t, i == steps // 2), samples):
                 for n, output in enumerate(outputs):
                     # no tile to come reads these pixels again, so they may take their step
                     x = z_t.read(n, rows, columns).to(output.device)
@@ -122,10 +114,12 @@ def translate_scene(
                     if len(output) > channels:
                         confidence.write(n, rows, columns, output[channels:])
                         has_confidence = True
-        for rows, columns, eo in in_tiles(decode, samples, factor):
+                progress(samples)
+        for rows, columns, eo in blended(decode, samples, factor):
             top, left = rows.start * factor, columns.start * factor
             eo = eo[:, :, : height - top, : width - left].clamp(-1, 1)
             seen = resized(rows, columns)[:, :, : eo.shape[2], : eo.shape[3]] if has_confidence else None
+            progress(samples)
             yield top, left, eo, seen
 
 
@@ -182,13 +176,14 @@ def blend(
     height: int,
     width: int,
     tile: int,
-    compute: Callable[[list[Job]], Iterator[Tensor]],
+    compute: Callable[[list[Job]], Tensor],
     samples: int = 1,
     scale: int = 1,
+    batch: int = 1,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Computes the overlapping tiles of a (height, width) plane and averages them.
 
-    compute([(sample, rows, columns), ...]) gives, for the tiles of a row, (C, rows * scale, columns * scale) each.
+    compute([(sample, rows, columns), ...]) gives (B, C, rows * scale, columns * scale), for up to `batch` tiles.
     Yields (rows, columns, values (samples, C, rows * scale, columns * scale)): the parts of the plane, from top to
     bottom and left to right, as soon as no tile to come reaches them. What tiles below will share is kept in
     `below`, what the next tile to the right will share in `beside`.
@@ -199,7 +194,8 @@ def blend(
     below, carried = None, 0
     for top, bottom, weight in zip(tops, [*tops[1:], height], down):
         high = slice(top, min(top + tile, height))
-        tiles = compute([(n, high, columns) for columns in wide for n in range(samples)])
+        jobs = [(n, high, columns) for columns in wide for n in range(samples)]
+        tiles = chain.from_iterable(compute(part).float() for part in batches(jobs, batch))
         done, beside = (bottom - top) * scale, None
         for left, right, weight_x in zip(lefts, [*lefts[1:], width], across):
             values = torch.stack(list(islice(tiles, samples)))
@@ -221,7 +217,7 @@ def blend(
 # Numbers on disk
 
 
-class Rows:
+class OnDisk:
     """Samples of float32 numbers (channels, height, width) in a temporary file without a name: it vanishes with its
     process, however that ends. (A memory map would count as memory in use, and crash the process when the disk is
     full.)
@@ -231,7 +227,7 @@ class Rows:
         self.shape = channels, height, width
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
 
-    def __enter__(self) -> "Rows":
+    def __enter__(self) -> "OnDisk":
         return self
 
     def __exit__(self, *_) -> None:
@@ -248,17 +244,6 @@ class Rows:
         """values (channels, rows, columns)"""
         for line in self._lines(sample, rows, columns, values.cpu()):
             self.file.write(line.tobytes())
-
-    def append_noise(self, seed: int) -> None:
-        """Writes the numbers of `initial_noise(seed, (channels, height, width))`, a sample, behind what is there.
-
-        They are drawn in chunks, which is the same: torch draws in blocks of 16 (the tests watch over it).
-        """
-        generator, left = torch.Generator("cpu").manual_seed(seed), math.prod(self.shape)
-        while left:
-            count = NOISE_CHUNK if left >= 2 * NOISE_CHUNK else left  # none shorter than a block
-            self.file.write(torch.randn(count, generator=generator).numpy().tobytes())
-            left -= count
 
     def _lines(self, sample: int, rows: slice, columns: slice, values: Tensor) -> Iterator[np.ndarray]:
         """The lines of `values`, each with the file at its place."""

@@ -76,8 +76,7 @@ class Source:
         return sar_image(self.window(top, bottom, left, right), self.limits)
 
     def close(self) -> None:
-        """Lets go of the file and of what was read."""
-        self.raster = None
+        """Lets go of the file."""
         if self.dataset is not None:
             self.dataset.close()
 
@@ -95,19 +94,17 @@ def write_pictures(source: Source, results: Results, paths: dict[str, Path], abo
                 whole[kind] = np.empty((source.height, source.width, *part.shape[2:]), part.dtype)
             whole[kind][top : top + part.shape[0], left : left + part.shape[1]] = part
     valid = source.window(0, source.height, 0, source.width).valid
-    pictures = {}
-    for kind, picture in whole.items():
-        if kind == "confidence":
-            picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of the rest
-            picture = confidence_picture(torch.from_numpy(picture)[None])
-        elif kind == "spread":
-            picture = picture.round().clip(0, 255).astype(np.uint8)
-        if not valid.all():
-            picture = np.dstack([picture, np.where(valid, 255, 0).astype(np.uint8)])
-        pictures[kind] = picture
+    mask = np.where(valid, 255, 0).astype(np.uint8)
     with ExitStack() as names:  # all get their names in the end, or none
-        for kind, temporary in {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}.items():
-            write_png(temporary, pictures[kind], about)
+        for kind, picture in whole.items():
+            if kind == "confidence":
+                picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of the rest
+                picture = confidence_picture(torch.from_numpy(picture)[None])
+            elif kind == "spread":
+                picture = picture.round().clip(0, 255).astype(np.uint8)
+            if not valid.all():
+                picture = np.dstack([picture, mask])
+            write_png(names.enter_context(atomic(paths[kind])), picture, about)
 
 
 def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:

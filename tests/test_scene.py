@@ -10,7 +10,7 @@ from PIL import Image
 
 import scene
 import scene_files
-from cdiffset import CDiffSET, add_variance_channel, initial_noise, widen_input
+from cdiffset import CDiffSET, add_variance_channel, widen_input
 from images import ImageError, read_sar
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
@@ -83,11 +83,12 @@ def test_blending_tiles_of_a_plane_gives_the_plane(scale):
     plane = torch.randn(2, 3, 50 * scale, 37 * scale)
 
     def cut(jobs):
-        for n, rows, columns in jobs:
-            yield plane[n, :, rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale]
+        assert len(jobs) <= 3
+        places = [(n, *(slice(axis.start * scale, axis.stop * scale) for axis in place)) for n, *place in jobs]
+        return torch.stack([plane[n, :, rows, columns] for n, rows, columns in places])
 
     result = torch.full_like(plane, torch.nan)
-    for rows, columns, values in scene.blend(50, 37, 16, cut, 2, scale):
+    for rows, columns, values in scene.blend(50, 37, 16, cut, 2, scale, batch=3):
         place = [slice(axis.start * scale, axis.stop * scale) for axis in (rows, columns)]
         assert result[:, :, place[0], place[1]].isnan().all()
         result[:, :, place[0], place[1]] = values
@@ -189,9 +190,9 @@ def test_no_seams_with_random_weights(model):
 # Numbers on disk
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_numbers_come_back_as_they_were_written(tmp_path):
     values = torch.randn(2, 3, 20, 7)
-    with scene.Rows(tmp_path, 3, 20, 7) as file:
+    with scene.OnDisk(tmp_path, 3, 20, 7) as file:
         for n in (1, 0):
             for top in (12, 0, 5):
                 for columns in (slice(3, 7), slice(0, 3)):
@@ -200,17 +201,6 @@ def test_rows_come_back_as_they_were_written(tmp_path):
         for n in (0, 1):
             for rows, columns in ((slice(0, 20), slice(0, 7)), (slice(4, 9), slice(0, 7)), (slice(7, 8), slice(2, 6))):
                 assert torch.equal(file.read(n, rows, columns), values[n, :, rows, columns])
-
-
-@pytest.mark.parametrize("height, width", [(33, 29), (64, 64), (61, 3)])
-def test_noise_drawn_in_chunks_is_the_noise_of_the_contract(height, width, tmp_path, monkeypatch):
-    monkeypatch.setattr(scene, "NOISE_CHUNK", 256)
-    with scene.Rows(tmp_path, 4, height, width) as rows:
-        for seed in (7, 8):
-            rows.append_noise(seed)
-        for n, seed in enumerate((7, 8)):
-            expected = initial_noise(seed, (4, height, width))[0]
-            assert torch.equal(rows.read(n, slice(0, height), slice(0, width)), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
