@@ -177,8 +177,10 @@ def open_geotiff(path: str | Path) -> Any:
     return dataset
 
 
-def read_window(dataset: Any, window: Any = None, shape: tuple[int, int] | None = None) -> Raster:
-    """A window (rasterio's; default: all) of an open GeoTIFF, resampled to `shape` (H, W) if given.
+def read_window(
+    dataset: Any, window: tuple[slice, slice] | None = None, shape: tuple[int, int] | None = None
+) -> Raster:
+    """A window (rows, columns; default: all) of an open GeoTIFF, resampled to `shape` (H, W) if given.
 
     A pixel of float data is no-data if any of its bands is, one of integers if all are: 0 in one of three
     colours is a colour. ImageError: complex numbers, palette, odd bits, too large, damaged.
@@ -193,7 +195,7 @@ def read_window(dataset: Any, window: Any = None, shape: tuple[int, int] | None 
     if dtype.kind != "f" and dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):  # 12 bits kept in 16, say
         raise ImageError(f"{name} has neither 8 nor 16 bits a pixel: save it with either")
     indexes = [i for i, kind in enumerate(kinds, 1) if kind != ColorInterp.alpha]
-    height, width = shape or ((window.height, window.width) if window else dataset.shape)
+    height, width = shape or ([axis.stop - axis.start for axis in window] if window else dataset.shape)
     _check_memory(name, width, height, len(indexes))
     shape = (len(indexes), height, width)
     with _decoding(name):

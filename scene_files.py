@@ -62,18 +62,16 @@ class Source:
         step = math.ceil(shrink)
         return Raster(bands[:, ::step, ::step], valid[::step, ::step], source)
 
-    def window(self, top: int, bottom: int, left: int, right: int) -> Raster:
+    def window(self, rows: slice, columns: slice) -> Raster:
         """A part of the image."""
         if self.raster is None:
-            from rasterio.windows import Window
-
-            return read_window(self.dataset, Window(left, top, right - left, bottom - top))
+            return read_window(self.dataset, (rows, columns))
         bands, valid, source = self.raster
-        return Raster(bands[:, top:bottom, left:right], valid[top:bottom, left:right], source)
+        return Raster(bands[:, rows, columns], valid[rows, columns], source)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """A part of the image as float32 (3, bottom - top, right - left) in [-1, 1], no-data darkest."""
-        return sar_image(self.window(top, bottom, left, right), self.limits)
+        return sar_image(self.window(slice(top, bottom), slice(left, right)), self.limits)
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -93,7 +91,7 @@ def write_pictures(source: Source, results: Results, paths: dict[str, Path], abo
             if kind not in whole:
                 whole[kind] = np.empty((source.height, source.width, *part.shape[2:]), part.dtype)
             whole[kind][top : top + part.shape[0], left : left + part.shape[1]] = part
-    valid = source.window(0, source.height, 0, source.width).valid
+    valid = source.window(slice(0, source.height), slice(0, source.width)).valid
     mask = np.where(valid, 255, 0).astype(np.uint8)
     with ExitStack() as names:  # all get their names in the end, or none
         for kind, picture in whole.items():
@@ -112,7 +110,6 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
     the others keep the input's no-data value, but have NaN where it is none or could be a result.
     """
     import rasterio
-    from rasterio.windows import Window
 
     given = source.dataset
     common = {
@@ -144,15 +141,16 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
                         file.rpcs = given.rpcs
                 for top, left, parts in results:
                     rows, columns = parts["eo"].shape[:2]
-                    valid = source.window(top, top + rows, left, left + columns).valid
+                    place = slice(top, top + rows), slice(left, left + columns)
+                    valid = source.window(*place).valid
                     for kind, part in parts.items():
                         if kind != "eo":
                             part = np.where(valid, part, np.float32(nodata[kind]))
                         part = np.moveaxis(np.atleast_3d(part), 2, 0)
-                        files[kind].write(part, window=Window(left, top, columns, rows))
+                        files[kind].write(part, window=place)
                         sums[kind] += checksum(part)
                     mask = np.where(valid, 255, 0).astype(np.uint8)
-                    files["eo"].write_mask(mask, window=Window(left, top, columns, rows))
+                    files["eo"].write_mask(mask, window=place)
                     sums["eo"] += checksum(mask)
             for kind, path in temporary.items():  # GDAL tells nobody if the disk is full when it closes a file
                 with rasterio.open(path) as file:

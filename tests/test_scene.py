@@ -233,7 +233,7 @@ def test_a_large_geotiff_is_read_by_windows_as_a_whole_one(geotiff, monkeypatch)
     assert source.raster is None and source.placed and (source.height, source.width) == (90, 70)
     assert torch.equal(torch.cat([source.read(0, 40, 7, 70), source.read(40, 90, 7, 70)], dim=1), expected[:, :, 7:])
     assert source.overview(30).bands.shape == (2, 30, 23)
-    assert not source.window(0, 20, 0, 70).valid[:10, :15].any()
+    assert not source.window(slice(0, 20), slice(0, 70)).valid[:10, :15].any()
     source.close()
 
 
