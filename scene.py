@@ -17,6 +17,7 @@ noise, a quarter of a byte for each pixel, is drawn at once.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -95,9 +96,9 @@ def translate_scene(
     blended = partial(blend, h, w, side, batch=batch)
     with (
         model.unet.keeping(context),
-        OnDisk(folder, channels, h, w) as z_sar,
-        OnDisk(folder, channels, h, w) as z_t,
-        OnDisk(folder, 1, h, w) as confidence,
+        closing(OnDisk(folder, channels, h, w)) as z_sar,
+        closing(OnDisk(folder, channels, h, w)) as z_t,
+        closing(OnDisk(folder, 1, h, w)) as confidence,
     ):
         for rows, columns, z in blended(encode):
             z_sar.write(0, rows, columns, z[0])
@@ -225,12 +226,10 @@ class OnDisk:
 
     def __init__(self, folder: Path | None, channels: int, height: int, width: int):
         self.shape = channels, height, width
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
 
-    def __enter__(self) -> "OnDisk":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
+        """Gives its place on the disk back."""
         self.file.close()
 
     def read(self, sample: int, rows: slice, columns: slice) -> Tensor:

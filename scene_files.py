@@ -127,7 +127,7 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
     cache = max(2**25, 2**12 * source.width)
     with ExitStack() as names, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=cache):
         temporary = {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}
-        sums = dict.fromkeys(paths, 0)  # of the bytes that should be in them
+        unread = 0  # checksum of what was written and not yet read back
         try:
             with ExitStack() as stack:
                 files = {}
@@ -148,18 +148,18 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
                             part = np.where(valid, part, np.float32(nodata[kind]))
                         part = np.moveaxis(np.atleast_3d(part), 2, 0)
                         files[kind].write(part, window=place)
-                        sums[kind] += checksum(part)
+                        unread += checksum(part)
                     mask = np.where(valid, 255, 0).astype(np.uint8)
                     files["eo"].write_mask(mask, window=place)
-                    sums["eo"] += checksum(mask)
+                    unread += checksum(mask)
             for kind, path in temporary.items():  # GDAL tells nobody if the disk is full when it closes a file
                 with rasterio.open(path) as file:
                     for _, window in file.block_windows(1):
-                        sums[kind] -= checksum(file.read(window=window))
+                        unread -= checksum(file.read(window=window))
                         if kind == "eo":
-                            sums[kind] -= checksum(file.read_masks(1, window=window))
-                if sums[kind]:
-                    raise OSError("it reads back otherwise than it was written")
+                            unread -= checksum(file.read_masks(1, window=window))
+            if unread:
+                raise OSError("it reads back otherwise than it was written")
         except (rasterio.errors.RasterioError, OSError) as error:
             raise OSError(f"cannot write {str(paths['eo'])!r} and its like (is the disk full?): {error}") from error
 

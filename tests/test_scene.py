@@ -192,7 +192,7 @@ def test_no_seams_with_random_weights(model):
 
 def test_numbers_come_back_as_they_were_written(tmp_path):
     values = torch.randn(2, 3, 20, 7)
-    with scene.OnDisk(tmp_path, 3, 20, 7) as file:
+    with closing(scene.OnDisk(tmp_path, 3, 20, 7)) as file:
         for n in (1, 0):
             for top in (12, 0, 5):
                 for columns in (slice(3, 7), slice(0, 3)):
