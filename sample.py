@@ -99,7 +99,7 @@ def open_images(
             paths = {kind: stem.with_name(f"{stem.name}_{kind}{suffix}") for kind in kinds}
             if victims := inputs.intersection(map(os.path.realpath, paths.values())):
                 raise ValueError(f"its result would overwrite the input {min(victims)!r}: give an --out")
-            rival = taken.setdefault(os.path.realpath(paths["eo"]), path)
+            rival = taken.setdefault((os.path.realpath(stem), suffix), path)
             if os.path.realpath(rival) != os.path.realpath(path):
                 raise ValueError(f"its results would overwrite those of {str(rival)!r}")
         except EXPECTED as error:

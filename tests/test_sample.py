@@ -430,6 +430,12 @@ def test_ranks_share_the_files(run, tmp_path, monkeypatch):
     assert done[0] | done[1] == names(tmp_path / "alone") and not done[0] & done[1]
 
 
+def test_images_that_ask_for_the_same_results_stay_together():
+    stems = {Path(name): Path(name).with_suffix("") for name in ("a.png", "b.png", "a.jpg", "c.png", "d.png")}
+    shares = [{str(path) for path in sample.share(stems, rank, 3)} for rank in range(3)]
+    assert shares == [{"a.png", "a.jpg", "d.png"}, {"b.png"}, {"c.png"}]
+
+
 def start(*arguments, cwd, before=None):
     command = [sys.executable, str(REPO / "sample.py"), *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": before}
