@@ -1,7 +1,7 @@
 """Images: files to numbers in [-1, 1], and back to pictures.
 
-    file  -> read_raster -> sar_range -> sar_image   -> (3, H, W) in [-1, 1]     (`read_sar` is all three)
-    scene -> is_geotiff -> open_geotiff -> read_window -> the same two steps, window by window
+    file  -> read_raster -> sar_range -> sar_image -> (3, H, W) in [-1, 1]     (`read_sar` is all three)
+    scene -> open_geotiff -> read_window -> the same two steps, window by window
 
 How a file's numbers become [-1, 1]:
 
@@ -93,27 +93,22 @@ def read_raster(path: str | Path) -> Raster:
 
     ImageError: missing, unreadable, damaged, too large, several pictures, CMYK, a side below 8 pixels, ...
     """
-    path, name = Path(path), repr(str(path))
-    if not path.is_file():  # a named pipe would have us wait for ever
-        raise ImageError(f"{name} is {'not a file' if path.exists() else 'missing'}")
     if is_geotiff(path):
         with open_geotiff(path) as dataset:
-            raster = read_window(dataset)
-    else:
-        with _decoding(name), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
-            raster = _from_pillow(image, name)
-    height, width = raster.valid.shape
-    if min(height, width) < MIN_SIDE:
-        raise ImageError(f"{name} is {width}x{height} pixels: each side needs at least {MIN_SIDE}")
-    return raster
+            return read_window(dataset)
+    return read_picture(path)
 
 
 def is_geotiff(path: str | Path) -> bool:
     """True for a TIFF that rasterio must read: with geographic tags, compression (Pillow's libtiff would
     write to stderr if the file is damaged), several bands of more than 8 bits (Pillow reads them in part or not
-    at all), or more pixels than Pillow may read. ImageError: the file cannot be opened."""
-    with _decoding(repr(str(path))):
-        with Path(path).open("rb") as file:
+    at all), or more pixels than Pillow may read. ImageError: no file, or it cannot be opened.
+    """
+    path, name = Path(path), repr(str(path))
+    if not path.is_file():  # a named pipe would have us wait for ever
+        raise ImageError(f"{name} is {'not a file' if path.exists() else 'missing'}")
+    with _decoding(name):
+        with path.open("rb") as file:
             if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
                 return False
         try:
@@ -126,30 +121,40 @@ def is_geotiff(path: str | Path) -> bool:
         return bool(GEO_TAGS & set(tags)) or tags.get(COMPRESSION, 1) != 1 or not whole
 
 
-def _check_size(path: str, width: int, height: int, bands: int):
-    """Before anything is decoded: some bytes can claim to be gigabytes. No usual compression exceeds 4000."""
-    pixels = width * height
-    if not 0 < 4 * bands * pixels <= MAX_BYTES:
-        raise ImageError(f"{path!r} has {width}x{height} pixels in {bands} band(s), too many: cut it into parts")
-    if pixels > max(2**24, 4000 * Path(path).stat().st_size):
-        raise ImageError(f"{path!r} is too small a file for its {width}x{height} pixels: damaged or a trap")
+def _check_size(path: str | Path, width: int, height: int) -> None:
+    """Of a file, before anything of it is decoded: some bytes can claim to be gigabytes."""
+    size = f"{str(path)!r} is {width}x{height} pixels"
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{size}: each side needs at least {MIN_SIDE}")
+    if width * height > max(2**24, 4000 * Path(path).stat().st_size):  # no usual compression exceeds 4000
+        raise ImageError(f"{size} but too small a file for it: damaged or a trap")
 
 
-def _from_pillow(image: Image.Image, name: str) -> Raster:
-    if getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{name} holds {image.n_frames} pictures: save the right one as a file of its own")
-    if image.mode not in MODES:
-        raise ImageError(f"{name} is a picture of mode {image.mode}: save it as grey or RGB")
-    _check_size(image.filename, *image.size, len(image.getbands()))
-    one_colour_is_clear = image.mode in ("L", "RGB") and "transparency" in image.info
-    if image.mode in ("P", "PA", "La", "RGBa") or one_colour_is_clear:
-        image = image.convert("RGBA")
-    elif image.mode == "1":
-        image = image.convert("L")
-    pixels = np.asarray(image)
-    bands = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+def _check_memory(name: str, width: int, height: int, bands: int) -> None:
+    """Of what is read at once."""
+    if 4 * bands * width * height > MAX_BYTES:
+        raise ImageError(f"{name} has {width}x{height} pixels in {bands} band(s), too many: cut it into parts")
+
+
+def read_picture(path: str | Path) -> Raster:
+    """A whole PNG, JPEG, or TIFF of which `is_geotiff` is False; ImageError as from `read_raster`."""
+    name = repr(str(path))
+    with _decoding(name), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ImageError(f"{name} holds {image.n_frames} pictures: save the right one as a file of its own")
+        if image.mode not in MODES:
+            raise ImageError(f"{name} is a picture of mode {image.mode}: save it as grey or RGB")
+        _check_size(path, *image.size)
+        _check_memory(name, *image.size, len(image.getbands()))
+        one_colour_is_clear = image.mode in ("L", "RGB") and "transparency" in image.info
+        if image.mode in ("P", "PA", "La", "RGBa") or one_colour_is_clear:
+            image = image.convert("RGBA")
+        elif image.mode == "1":
+            image = image.convert("L")
+        pixels, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
+    bands = np.moveaxis(np.atleast_3d(pixels), 2, 0)
     valid = np.ones(pixels.shape[:2], bool)
-    if image.mode in ("LA", "RGBA"):  # alpha is no colour: it says where there is data
+    if has_alpha:  # which is no colour: it says where there is data
         bands, valid = bands[:-1], bands[-1] > 0
     return Raster(bands, _finite(bands, valid), name)
 
@@ -162,19 +167,20 @@ def open_geotiff(path: str | Path) -> Any:
         raise ImageError(f"{str(path)!r} is a GeoTIFF, which needs rasterio: pip install rasterio") from None
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     # Files beside it (.ovr, .aux.xml, ...) are left alone: they can make GDAL read any file and the network. In the
-    # environment, since rasterio's own settings hold for one thread, and files are opened in another.
-    # Its warnings would go to stderr; its errors are raised.
+    # environment, since rasterio's own settings hold for one thread. Its warnings would go to stderr; errors raise.
     os.environ |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "CPL_LOG": os.devnull}
     with _decoding(repr(str(path))):  # only GTiff: GDAL's other drivers can reach other files and the network
         dataset = rasterio.open(Path(path).absolute(), driver="GTiff")
+    _check_size(path, dataset.width, dataset.height)
     if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535, and reading them one by one takes an hour
-        dataset.close()
         raise ImageError(f"{str(path)!r} has {dataset.count} bands: SAR images have one to four, EO images 13 at most")
     return dataset
 
 
-def read_window(dataset: Any, window: Any = None, shape: tuple[int, int] | None = None) -> Raster:
-    """A window (rasterio's; default: all) of an open GeoTIFF, resampled to `shape` (H, W) if given.
+def read_window(
+    dataset: Any, window: tuple[slice, slice] | None = None, shape: tuple[int, int] | None = None
+) -> Raster:
+    """A window (rows, columns; default: all) of an open GeoTIFF, resampled to `shape` (H, W) if given.
 
     A pixel of float data is no-data if any of its bands is, one of integers if all are: 0 in one of three
     colours is a colour. ImageError: complex numbers, palette, odd bits, too large, damaged.
@@ -189,10 +195,9 @@ def read_window(dataset: Any, window: Any = None, shape: tuple[int, int] | None 
     if dtype.kind != "f" and dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):  # 12 bits kept in 16, say
         raise ImageError(f"{name} has neither 8 nor 16 bits a pixel: save it with either")
     indexes = [i for i, kind in enumerate(kinds, 1) if kind != ColorInterp.alpha]
-    rows, columns = (window.height, window.width) if window else (dataset.height, dataset.width)
-    rows, columns = shape or (rows, columns)
-    _check_size(dataset.name, columns, rows, len(indexes))
-    shape = shape and (len(indexes), *shape)
+    height, width = shape or ([axis.stop - axis.start for axis in window] if window else dataset.shape)
+    _check_memory(name, width, height, len(indexes))
+    shape = (len(indexes), height, width)
     with _decoding(name):
         bands = dataset.read(indexes, window=window, out_shape=shape)
         masks = dataset.read_masks(indexes, window=window, out_shape=shape)

@@ -27,10 +27,8 @@ On several GPUs: torchrun --nproc_per_node=4 sample.py patches/ --out results/
 import argparse
 import os
 import sys
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import product
+from itertools import groupby, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -39,93 +37,75 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
-from cli import DEVICE, Parser, choose_device, one_line, out_of_memory, positive, run
+from cli import DEVICE, Parser, choose_device, one_line, out_of_memory, positive, run, seed_number
 from data import SUFFIXES, walk_files
 from images import to_uint8
-from scene import check_tile, count_tiles, translate_scene
+from scene import batches, check_tile, count_tiles, latent_size, translate_scene
 from scene_files import Source, contact_sheet, write_geotiffs, write_pictures
 from scheduler import SPACINGS
 
 TINY = Path(__file__).resolve().parent / "models" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = ("eo", "confidence", "spread")  # results are called NAME_eo.png, ...
+RESULTS = ("_eo", "_confidence", "_spread")  # are called NAME_eo.png, ...
 EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)  # may go wrong with a file; others are bugs
 SHEET_ROWS = 8
 DEFAULT_STEPS, DEFAULT_SPACING = 10, "trailing"  # chosen by results/claims-steps.md; evaluate.py's too
 
+Job = tuple[Source, dict[str, Path]]  # an opened image, and the files of its results by kind
 # Parts of an image at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
 Parts = Iterable[tuple[int, int, Tensor, Tensor | None]]
+Fail = Callable[[Path, Exception], None]  # is told what is wrong with an image
 
 # ----------------------------------------------------------------------------------------------------------
 # Which files
 
 
-def find_images(argument: Path) -> dict[Path, Path]:
-    """{image: its place below --out}: the argument, or all images below a folder but hidden ones and results."""
-    if not argument.is_dir():
-        return {argument: Path(argument.name)}
-    names = [Path(name) for name in sorted(walk_files(argument)) if name.lower().endswith(SUFFIXES)]
-    return {argument / name: name for name in names if not name.stem.endswith(tuple(f"_{kind}" for kind in KINDS))}
+def find_images(arguments: list[Path], out: Path | None) -> dict[Path, Path]:
+    """{image: path of its results, without _KIND and ending}; of folders, all images below but hidden ones and results.
 
-
-def suffix_of_results(path: Path) -> str:
-    """.tif for a GeoTIFF, .png for others, nothing for what cannot be read."""
-    try:
-        source = Source(path, "linear")  # any scale will do to open it
-    except EXPECTED:
-        return ""  # translating it will say why
-    source.close()
-    return ".tif" if source.placed else ".png"
-
-
-def plan(arguments: list[Path], out: Path | None) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """(image, path of its results without ending) for all images, and the errors about others."""
-    found, errors = {}, []
+    ValueError: a folder without any, or that cannot be listed.
+    """
+    stems = {}
     for argument in arguments:
-        try:
-            images = find_images(argument)
-        except ValueError as error:
-            errors.append(str(error))
-            continue
-        if not images:
-            errors.append(f"{str(argument)!r}: no PNG, JPEG or TIFF images in it")
-        found |= {path: place for path, place in images.items() if path not in found}
-    stems = {path: (out / place if out else path).with_suffix("") for path, place in found.items()}
-    sharing = Counter(map(os.path.realpath, stems.values()))
-    inputs, taken, jobs = {os.path.realpath(path) for path in found}, {}, []
+        folder, names = argument.parent, [argument.name]
+        if argument.is_dir():
+            folder, names = argument, [name for name in sorted(walk_files(argument)) if name.lower().endswith(SUFFIXES)]
+            names = [name for name in names if not Path(name).stem.endswith(RESULTS)]
+            if not names:
+                raise ValueError(f"{str(argument)!r}: no PNG, JPEG or TIFF images in it")
+        for name in names:
+            stems.setdefault(folder / name, (out or folder).joinpath(name).with_suffix(""))
+    return stems
+
+
+def share(stems: dict[Path, Path], rank: int, world: int) -> dict[Path, Path]:
+    """What one of several processes translates. Images that ask for the same results stay together."""
+    real = {path: os.path.realpath(stem) for path, stem in stems.items()}
+    mine = set(list(dict.fromkeys(real.values()))[rank::world])
+    return {path: stem for path, stem in stems.items() if real[path] in mine}
+
+
+def open_images(
+    stems: dict[Path, Path], inputs: set[str], kinds: list[str], args: argparse.Namespace, fail: Fail
+) -> Iterator[Job]:
+    """Opens images in order. Those that cannot be read, or whose results would overwrite the `inputs` (real paths) or
+    the results of others, fail.
+    """
+    taken = {}
     for path, stem in stems.items():
-        real, suffixes = os.path.realpath(stem), [".png"]
-        if path.suffix.lower().startswith(".tif"):  # looked at only if it matters: there may be thousands
-            suffixes = [".png", ".tif"] if sharing[real] == 1 else [suffix_of_results(path)]
-        results = [f"{real}_{kind}{suffix}" for kind, suffix in product(KINDS, suffixes)]
-        if rival := next((taken[result] for result in results if result in taken), None):
-            if os.path.realpath(rival) != os.path.realpath(path):
-                errors.append(f"{str(path)!r}: its results would overwrite those of {str(rival)!r}")
-        elif victim := inputs.intersection(results):
-            errors.append(f"{str(path)!r}: its result would overwrite the input {min(victim)!r}: give an --out")
-        else:
-            taken |= dict.fromkeys(results, path)
-            jobs.append((path, stem))
-    return jobs, errors
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_ahead(read: Callable, items: Iterable, depth: int) -> Iterator[Future]:
-    """read(item) of all items, in order; a thread works on the next `depth` meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
         try:
-            for item in items:
-                waiting.append(pool.submit(read, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            source = Source(path, args.scale, args.stretch)
+            suffix = ".tif" if source.placed else ".png"
+            paths = {kind: stem.with_name(f"{stem.name}_{kind}{suffix}") for kind in kinds}
+            if victims := inputs.intersection(map(os.path.realpath, paths.values())):
+                raise ValueError(f"its result would overwrite the input {min(victims)!r}: give an --out")
+            rival = taken.setdefault((os.path.realpath(stem), suffix), path)
+            if os.path.realpath(rival) != os.path.realpath(path):
+                raise ValueError(f"its results would overwrite those of {str(rival)!r}")
+        except EXPECTED as error:
+            fail(path, error)
+        else:
+            yield source, paths
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,18 +146,16 @@ def translate_images(model: CDiffSET, sources: list[Source], args: argparse.Name
             yield t
             bar.update(len(batch))
 
-    images = [pad_to_multiple(source.read(0, source.height, 0, source.width)[None], model.unit) for source in sources]
-    jobs, made = list(product(images, seeds(args))), []
-    for start in range(0, len(jobs), args.batch_size):
-        batch = jobs[start : start + args.batch_size]
-        sar, seed = torch.cat([image for image, _ in batch]), [seed for _, seed in batch]
-        eo, confidence = model.translate(sar, args.steps, seed, args.spacing, progress)
-        made += zip(eo.cpu(), [None] * len(batch) if confidence is None else confidence.cpu())
+    sar = [pad_to_multiple(source.read(0, source.height, 0, source.width)[None], model.unit) for source in sources]
+    made = []
+    for batch in batches(list(product(sar, args.seeds)), args.batch_size):
+        images, seeds = zip(*batch)
+        results = model.translate(torch.cat(images), args.steps, seeds, args.spacing, progress)
+        made.append(torch.cat([x.cpu() for x in results if x is not None], dim=1))  # EO, and confidence if there is
     parts = []
-    for i, source in enumerate(sources):
-        eo, confidence = zip(*made[i * args.samples : (i + 1) * args.samples])
-        seen = None if confidence[0] is None else torch.stack(confidence)[:, :, : source.height, : source.width]
-        parts.append([(0, 0, torch.stack(eo)[:, :, : source.height, : source.width], seen)])
+    for source, samples in zip(sources, torch.cat(made).split(args.samples)):
+        samples = samples[:, :, : source.height, : source.width]
+        parts.append([(0, 0, samples[:, :3], samples[:, 3:] if samples.shape[1] > 3 else None)])
     return parts
 
 
@@ -188,13 +166,30 @@ def translate_large(model: CDiffSET, source: Source, folder: Path, args: argpars
     size = source.height, source.width
     bar.total += count_tiles(model, *size, args.tile, args.steps, args.samples) - args.steps * args.samples
     return translate_scene(
-        model, source.read, *size, args.tile, args.steps, seeds(args), args.spacing, args.batch_size, folder, bar.update
+        model, source.read, *size, args.tile, args.steps, args.seeds, args.spacing, args.batch_size, folder, bar.update
     )
 
 
-def seeds(args: argparse.Namespace) -> range:
-    """The seeds of the samples of a file."""
-    return range(args.seed, args.seed + args.samples)
+def translate_all(
+    model: CDiffSET, jobs: Iterable[Job], args: argparse.Namespace, bar: tqdm, fail: Fail
+) -> Iterator[tuple[Job, Parts]]:
+    """Translates images in order, those of one padded size together."""
+    for size, run_of_jobs in groupby(jobs, lambda job: latent_size(model, job[0].height, job[0].width)):
+        large = max(size) * model.vae.factor > args.tile
+        together = 1 if large else max(1, args.batch_size // args.samples)
+        while group := list(islice(run_of_jobs, together)):
+            source, paths = group[0]
+            bar.set_description(repr(source.path.name))
+            try:
+                if large:
+                    made = [translate_large(model, source, paths["eo"].parent, args, bar)]
+                else:
+                    made = translate_images(model, [source for source, _ in group], args, bar)
+            except EXPECTED as error:
+                for source, _ in group:
+                    fail(source.path, error)
+            else:
+                yield from zip(group, made)
 
 
 def reduce(eo: Tensor, confidence: Tensor | None, how: str) -> dict[str, np.ndarray]:
@@ -205,9 +200,9 @@ def reduce(eo: Tensor, confidence: Tensor | None, how: str) -> dict[str, np.ndar
         raise ValueError("the model's numbers are not finite: the weights are damaged, or try --dtype float32")
 
     def middle(x: Tensor) -> Tensor:
-        if how == "mean" or len(x) < 3:
-            return x.mean(dim=0)
-        return x.sort(dim=0).values[[(len(x) - 1) // 2, len(x) // 2]].mean(dim=0)
+        if how == "median":
+            x = x.sort(dim=0).values[[(len(x) - 1) // 2, len(x) // 2]]
+        return x.mean(dim=0)
 
     parts = {"eo": to_uint8(middle(eo))}
     if confidence is not None:
@@ -238,7 +233,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s; the paper: 50)")
     add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING,
         help="of the timesteps; trailing is better for few steps (default: %(default)s; the paper: leading)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the noise (default: %(default)s)")
     add("--samples", type=positive, default=1, metavar="N",
         help="translate N times, with the seeds SEED .. SEED + N - 1, and write one result and the spread (default: 1)")
     add("--reduce", choices=("mean", "median"), default="mean", help="of the samples (default: %(default)s)")
@@ -259,16 +254,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tile", type=positive, metavar="PIXELS",
         help="larger images are translated in tiles of this size (default: 512, or what suits the model)")
     # fmt: on
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.seeds = range(args.seed, args.seed + args.samples)
+    return args
 
 
-def check_early(args: argparse.Namespace, jobs: list[tuple[Path, Path]]) -> None:
-    """ValueError on settings that cannot be, before anything is loaded."""
-    if not 0 <= args.seed <= 2**32 - args.samples:
-        raise ValueError(f"--seed {args.seed}: from 0 to 2^32 - 1, which is all that torch's generator distinguishes")
+def check_paths(args: argparse.Namespace, inputs: set[str]) -> None:
+    """ValueError on files to write that cannot be, before anything is loaded. inputs: real paths."""
     if args.out and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file: give a folder")
-    sheet, inputs = args.contact_sheet, {os.path.realpath(path) for path, _ in jobs}
+    sheet = args.contact_sheet
     if sheet and (sheet.suffix.lower() != ".png" or sheet.is_dir() or os.path.realpath(sheet) in inputs):
         raise ValueError(f"--contact-sheet {str(sheet)!r}: give the name of a PNG file that is no input")
 
@@ -282,88 +277,21 @@ def check(args: argparse.Namespace, model: CDiffSET) -> None:
         raise ValueError(f"--steps {args.steps}: this model has {model.scheduler.num_train_timesteps} timesteps")
 
 
-def describe(args: argparse.Namespace) -> dict[str, str]:
+def describe(args: argparse.Namespace, **more: str) -> dict[str, str]:
     """What to write into the results, so that they can be made again."""
     names = ("unet", "steps", "spacing", "seed", "samples", "reduce", "scale", "stretch", "dtype", "tile")
     about = {"Software": f"C-DiffSET {__version__}", "model": args.model or "models/tiny"}
-    about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return {key: printable(str(value)) for key, value in about.items()}
+    about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None} | more
+    # without the bytes in names of files that are not UTF-8
+    return {key: str(value).encode(errors="replace").decode() for key, value in about.items()}
 
 
-def printable(text: str) -> str:
-    """Without the bytes in names of files that are not UTF-8."""
-    return text.encode(errors="replace").decode()
-
-
-def save(
-    source: Source, stem: Path, parts: Parts, kinds: list[str], how: str, about: dict[str, str]
-) -> dict[str, Path]:
-    """Reduces the samples of one image and writes them as they come; returns the paths."""
-    suffix, write = (".tif", write_geotiffs) if source.placed else (".png", write_pictures)
-    paths = {kind: stem.with_name(f"{stem.name}_{kind}{suffix}") for kind in kinds}
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    results = ((*place, reduce(eo, confidence, how)) for *place, eo, confidence in parts)
-    write(source, results, paths, about | {"input": printable(source.path.name)})
-    return paths
-
-
-def groups(sources: Iterable[Source], model: CDiffSET, tile: int, size: int) -> Iterator[list[Source]]:
-    """Runs of images of one padded size, up to `size` of them; those larger than a tile one by one."""
-    group, shape = [], None
-    for source in sources:
-        large = max(source.height, source.width) > tile
-        padded = None if large else [-(-n // model.unit) for n in (source.height, source.width)]
-        if group and (large or padded != shape or len(group) == size):
-            yield group
-            group = []
-        group.append(source)
-        shape = padded
-    if group:
-        yield group
-
-
-def translate_all(
-    model: CDiffSET,
-    jobs: list[tuple[Path, Path]],
-    kinds: list[str],
-    args: argparse.Namespace,
-    bar: tqdm,
-    fail: Callable[[Path, Exception], None],
-) -> Iterator[tuple[Path, dict[str, Path]]]:
-    """Translates and saves images, in order; gives those that went well with their results, by kind."""
-    about, stems = describe(args), dict(jobs)
-
-    def opened() -> Iterator[Source]:
-        coming = read_ahead(lambda path: Source(path, args.scale, args.stretch), stems, args.batch_size)
-        for path, future in zip(stems, coming):
-            try:
-                source = future.result()
-            except EXPECTED as error:
-                bar.total -= args.steps * args.samples
-                fail(path, error)
-            else:
-                yield source
-
-    for group in groups(opened(), model, args.tile, max(1, args.batch_size // args.samples)):
-        bar.set_description(repr(group[0].path.name))
-        try:
-            if max(group[0].height, group[0].width) > args.tile:
-                made = [translate_large(model, group[0], stems[group[0].path].parent, args, bar)]
-            else:
-                made = translate_images(model, group, args, bar)
-        except EXPECTED as error:
-            for source in group:
-                fail(source.path, error)
-            continue
-        for source, parts in zip(group, made):
-            try:
-                paths = save(source, stems[source.path], parts, kinds, args.reduce, about)
-            except EXPECTED as error:
-                fail(source.path, error)
-            else:
-                yield source.path, paths
-            finally:
-                source.close()
+def save(source: Source, paths: dict[str, Path], parts: Parts, args: argparse.Namespace) -> None:
+    """Reduces the samples of an image and writes them, as they come."""
+    paths["eo"].parent.mkdir(parents=True, exist_ok=True)
+    results = ((*place, reduce(eo, confidence, args.reduce)) for *place, eo, confidence in parts)
+    write = write_geotiffs if source.placed else write_pictures
+    write(source, results, paths, describe(args, input=source.path.name))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -371,8 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; GDAL would take a twentieth of the machine's memory
     rank, world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
-    jobs, errors = plan(args.sar, args.out)
-    check_early(args, jobs)
+    stems = find_images(args.sar, args.out)
+    inputs = set(map(os.path.realpath, stems))
+    check_paths(args, inputs)
     device = choose_device(args.device)
     if world > 1 and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -387,8 +316,6 @@ def main(arguments: list[str] | None = None) -> int:
             print("using models/tiny, a demonstration model trained on synthetic scenes: not for real work")
         if not has_confidence:
             print("this model has no variance channel (stage 1 of the training): no confidence is written")
-        for error in errors:
-            print(f"error: {one_line(error)}", file=sys.stderr)
 
     def fail(path: Path, error: Exception) -> None:
         name, text = repr(str(path)), one_line(error)
@@ -399,15 +326,23 @@ def main(arguments: list[str] | None = None) -> int:
         errors.append(text if name in text else f"{name}: {text}")
         bar.write(f"error: {errors[-1]}", file=sys.stderr)
 
-    jobs, done, errors = jobs[rank::world], {}, errors if rank == 0 else []
-    total = len(jobs) * args.samples * args.steps
+    stems, done, errors = share(stems, rank, world), {}, []
+    total = len(stems) * args.samples * args.steps
     with tqdm(total=total, unit="step", disable=None if rank == 0 else True) as bar:
-        for path, paths in translate_all(model, jobs, kinds, args, bar, fail):
-            done[path] = {"sar": path} | paths
+        jobs = open_images(stems, inputs, kinds, args, fail)
+        for (source, paths), parts in translate_all(model, jobs, args, bar, fail):
+            try:
+                save(source, paths, parts, args)
+            except EXPECTED as error:
+                fail(source.path, error)
+            else:
+                done[source.path] = paths
+            source.close()
     if args.contact_sheet and done and rank == 0:
-        contact_sheet(args.contact_sheet, list(done.values())[:SHEET_ROWS], describe(args), args.scale, args.stretch)
+        rows = [{"SAR": path} | paths for path, paths in islice(done.items(), SHEET_ROWS)]
+        contact_sheet(args.contact_sheet, rows, args.scale, args.stretch, describe(args))
     if len(done) == 1:
-        print(f"wrote {', '.join(repr(str(paths[kind])) for paths in done.values() for kind in kinds)}")
+        print(f"wrote {', '.join(repr(str(path)) for paths in done.values() for path in paths.values())}")
     elif done:
         print(f"translated {len(done)} images; results {f'in {str(args.out)!r}' if args.out else 'beside them'}")
     if errors:

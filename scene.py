@@ -9,27 +9,29 @@ pixels could hide it. So here all tiles take each step together, and where they 
 averaged with smooth weights before the step (Bar-Tal et al., "MultiDiffusion", ICML 2023): there is one latent image
 throughout, and neighbours agree. Encoding and decoding are blended alike, as the VAE's norms look at a whole tile.
 
-Latents lie in temporary files without names (`Rows`), and all stages go through the scene tile by tile (`blend`).
-So memory depends on the tile, little on the scene's width (what a row of tiles shares with the next is kept) and not
-on its height.
+Latents lie in temporary files without names (`OnDisk`), and all stages go through the scene tile by tile (`blend`).
+So memory depends on the tile, and little on the scene: what a row of tiles shares with the next is kept, and the
+noise, a quarter of a byte for each pixel, is drawn at once.
 """
 
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdiffset import CDiffSET, denoise, pad_to_multiple, variance
+from cdiffset import CDiffSET, denoise, initial_noise, pad_to_multiple, variance
 from scheduler import DDIMScheduler
 
-NOISE_CHUNK = 2**20  # numbers drawn at a time
 MARGIN = 4  # latent rows that bicubic resizing must see beyond a window: its kernel reaches 2
+Job = tuple[int, slice, slice]  # of a sample, a tile: rows, columns
 
 
 @torch.inference_mode()
@@ -62,67 +64,63 @@ def translate_scene(
     factor, channels, samples = model.vae.factor, model.vae.config["latent_channels"], len(seeds)
     h, w = latent_size(model, height, width)
     side = tile // factor
-    th, tw = min(side, h), min(side, w)
 
-    def pixels(top: int, left: int) -> Tensor:
-        bottom, right = min((top + th) * factor, height), min((left + tw) * factor, width)
-        return pad_to_multiple(read(top * factor, bottom, left * factor, right)[None].float(), model.unit)
+    def pixels(rows: slice, columns: slice) -> Tensor:
+        bottom, right = min(rows.stop * factor, height), min(columns.stop * factor, width)
+        image = read(rows.start * factor, bottom, columns.start * factor, right)
+        return pad_to_multiple(image[None].float(), model.unit)[0]
 
-    def encode(top: int, jobs: list[tuple[int, int]]) -> Iterator[Tensor]:
-        for part in batches(jobs, batch):
-            z = model.encode(torch.cat([pixels(top, x) for x, _ in part]).to(context.device))
-            progress(len(part))
-            yield from z.float()
+    # what the networks do for some tiles at once: (B, C, ...)
+    def encode(jobs: list[Job]) -> Tensor:
+        return model.encode(torch.stack([pixels(*place) for _, *place in jobs]).to(context.device))
 
-    def predict(t: int, middle: bool, top: int, jobs: list[tuple[int, int]]) -> Iterator[Tensor]:
-        sar = z_sar.read(top, top + th).to(context)
-        noisy = z_t.read(top, top + th).unflatten(0, (samples, channels)).to(context)
-        for part in batches(jobs, batch):
-            tiles = [(sar[..., x : x + tw], noisy[n, ..., x : x + tw]) for x, n in part]
-            prediction, raw = denoise(model.unet, *map(torch.stack, zip(*tiles)), t, context)
-            if middle and raw is not None:
-                prediction = torch.cat([prediction.float(), 1 / variance(raw.float())], dim=1)
-            progress(len(part))
-            yield from prediction.float()
+    def predict(t: int, middle: bool, jobs: list[Job]) -> Tensor:
+        sar = torch.stack([z_sar.read(0, *place) for _, *place in jobs]).to(context)
+        noisy = torch.stack([z_t.read(*job) for job in jobs]).to(context)
+        prediction, raw = denoise(model.unet, sar, noisy, t, context)
+        if middle and raw is not None:
+            prediction = torch.cat([prediction.float(), 1 / variance(raw.float())], dim=1)
+        return prediction
 
-    def decode(top: int, jobs: list[tuple[int, int]]) -> Iterator[Tensor]:
-        z = z_t.read(top, top + th).unflatten(0, (samples, channels)).to(context.device)
-        for part in batches(jobs, batch):
-            image = model.decode(torch.stack([z[n, ..., x : x + tw] for x, n in part]))
-            progress(len(part))
-            yield from image.float()
+    def decode(jobs: list[Job]) -> Tensor:
+        return model.decode(torch.stack([z_t.read(*job) for job in jobs]).to(context.device))
 
     def resized(rows: slice, columns: slice) -> Tensor:  # confidence (N, 1, ...) of these latent pixels
         above, before = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)
-        x = confidence.read(above, min(rows.stop + MARGIN, h))[:, None, :, before : columns.stop + MARGIN]
+        place = slice(above, min(rows.stop + MARGIN, h)), slice(before, min(columns.stop + MARGIN, w))
+        x = torch.stack([confidence.read(n, *place) for n in range(samples)])
         size = [n * factor for n in x.shape[2:]]
         x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
         return x[:, :, (rows.start - above) * factor :, (columns.start - before) * factor :]
 
-    blended = partial(blend, h, w, side)
+    blended = partial(blend, h, w, side, batch=batch)
     with (
         model.unet.keeping(context),
-        Rows(folder, channels, h, w) as z_sar,
-        Rows(folder, samples * channels, h, w) as z_t,
-        Rows(folder, samples, h, w) as confidence,
+        closing(OnDisk(folder, channels, h, w)) as z_sar,
+        closing(OnDisk(folder, channels, h, w)) as z_t,
+        closing(OnDisk(folder, 1, h, w)) as confidence,
     ):
         for rows, columns, z in blended(encode):
-            z_sar.write(rows.start, columns.start, z[0])
-        for seed in seeds:
-            z_t.append_noise(seed, channels)
+            z_sar.write(0, rows, columns, z[0])
+            progress(1)
+        for n, seed in enumerate(seeds):
+            z_t.write(n, slice(0, h), slice(0, w), initial_noise(seed, (channels, h, w))[0])
         has_confidence = False
         for i, t in enumerate(scheduler.timesteps.tolist()):
-            for rows, columns, output in blended(partial(predict, t, i == steps // 2), samples):
-                # no tile to come reads these pixels again, so they may take their step
-                x = z_t.read(rows.start, rows.stop)[..., columns].unflatten(0, (samples, channels)).to(output.device)
-                z_t.write(rows.start, columns.start, scheduler.step(output[:, :channels], t, x).flatten(0, 1))
-                if output.shape[1] > channels:
-                    confidence.write(rows.start, columns.start, output[:, channels])
-                    has_confidence = True
+            for rows, columns, outputs in blended(partial(predict, t, i == steps // 2), samples):
+                for n, output in enumerate(outputs):
+                    # no tile to come reads these pixels again, so they may take their step
+                    x = z_t.read(n, rows, columns).to(output.device)
+                    z_t.write(n, rows, columns, scheduler.step(output[:channels], t, x))
+                    if len(output) > channels:
+                        confidence.write(n, rows, columns, output[channels:])
+                        has_confidence = True
+                progress(samples)
         for rows, columns, eo in blended(decode, samples, factor):
             top, left = rows.start * factor, columns.start * factor
             eo = eo[:, :, : height - top, : width - left].clamp(-1, 1)
             seen = resized(rows, columns)[:, :, : eo.shape[2], : eo.shape[3]] if has_confidence else None
+            progress(samples)
             yield top, left, eo, seen
 
 
@@ -179,22 +177,26 @@ def blend(
     height: int,
     width: int,
     tile: int,
-    compute: Callable[[int, list[tuple[int, int]]], Iterator[Tensor]],
+    compute: Callable[[list[Job]], Tensor],
     samples: int = 1,
     scale: int = 1,
+    batch: int = 1,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Computes the overlapping tiles of a (height, width) plane and averages them.
 
-    compute(top, [(left, sample), ...]) gives, for a row of tiles, (C, tile * scale, tile * scale) for each job.
+    compute([(sample, rows, columns), ...]) gives (B, C, rows * scale, columns * scale), for up to `batch` tiles.
     Yields (rows, columns, values (samples, C, rows * scale, columns * scale)): the parts of the plane, from top to
     bottom and left to right, as soon as no tile to come reaches them. What tiles below will share is kept in
     `below`, what the next tile to the right will share in `beside`.
     """
     tops, lefts = starts(height, tile), starts(width, tile)
     down, across = weights(height, tile, scale), weights(width, tile, scale)
+    wide = [slice(left, min(left + tile, width)) for left in lefts]
     below, carried = None, 0
     for top, bottom, weight in zip(tops, [*tops[1:], height], down):
-        tiles = compute(top, [(left, n) for left in lefts for n in range(samples)])
+        high = slice(top, min(top + tile, height))
+        jobs = [(n, high, columns) for columns in wide for n in range(samples)]
+        tiles = chain.from_iterable(compute(part).float() for part in batches(jobs, batch))
         done, beside = (bottom - top) * scale, None
         for left, right, weight_x in zip(lefts, [*lefts[1:], width], across):
             values = torch.stack(list(islice(tiles, samples)))
@@ -216,48 +218,36 @@ def blend(
 # Numbers on disk
 
 
-class Rows:
-    """Float32 numbers (channels, height, width) in a temporary file without a name: it vanishes with its process,
-    however that ends. (A memory map would count as memory in use, and crash the process when the disk is full.)
+class OnDisk:
+    """Samples of float32 numbers (channels, height, width) in a temporary file without a name: it vanishes with its
+    process, however that ends. (A memory map would count as memory in use, and crash the process when the disk is
+    full.)
     """
 
     def __init__(self, folder: Path | None, channels: int, height: int, width: int):
         self.shape = channels, height, width
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
 
-    def __enter__(self) -> "Rows":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
+        """Gives its place on the disk back."""
         self.file.close()
 
-    def read(self, top: int, bottom: int) -> Tensor:
-        """(channels, bottom - top, width)"""
-        channels, _, width = self.shape
-        rows = torch.empty(channels, bottom - top, width)
-        for channel, part in enumerate(rows.numpy()):
-            self._seek(channel, top)
-            self.file.readinto(part)
-        return rows
+    def read(self, sample: int, rows: slice, columns: slice) -> Tensor:
+        """A part of a sample, (channels, rows, columns)."""
+        values = torch.empty(self.shape[0], rows.stop - rows.start, columns.stop - columns.start)
+        for line in self._lines(sample, rows, columns, values):
+            self.file.readinto(line)
+        return values
 
-    def write(self, top: int, left: int, values: Tensor) -> None:
-        """values (channels, any number of rows, any number of columns)"""
-        for channel, part in enumerate(values.cpu().numpy()):
-            for row, line in enumerate(part, top):
-                self._seek(channel, row, left)
-                self.file.write(line.tobytes())
+    def write(self, sample: int, rows: slice, columns: slice, values: Tensor) -> None:
+        """values (channels, rows, columns)"""
+        for line in self._lines(sample, rows, columns, values.cpu()):
+            self.file.write(line.tobytes())
 
-    def append_noise(self, seed: int, channels: int) -> None:
-        """Writes the numbers of `initial_noise(seed, (channels, height, width))` behind what is there.
-
-        They are drawn in chunks, which is the same: torch draws in blocks of 16 (the tests watch over it).
-        """
-        generator, left = torch.Generator("cpu").manual_seed(seed), channels * self.shape[1] * self.shape[2]
-        while left:
-            count = NOISE_CHUNK if left >= 2 * NOISE_CHUNK else left  # none shorter than a block
-            self.file.write(torch.randn(count, generator=generator).numpy().tobytes())
-            left -= count
-
-    def _seek(self, channel: int, row: int, column: int = 0) -> None:
-        _, height, width = self.shape
-        self.file.seek(4 * ((channel * height + row) * width + column))
+    def _lines(self, sample: int, rows: slice, columns: slice, values: Tensor) -> Iterator[np.ndarray]:
+        """The lines of `values`, each with the file at its place."""
+        channels, height, width = self.shape
+        for channel, part in enumerate(values.numpy(), sample * channels):
+            for row, line in enumerate(part, rows.start):
+                self.file.seek(4 * ((channel * height + row) * width + columns.start))
+                yield line

@@ -3,24 +3,24 @@
 file -> Source.read -> a part of the SAR image        parts of the results -> write_geotiffs, write_pictures
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from files import atomic
 from images import (
-    MIN_SIDE,
-    ImageError,
     Raster,
     confidence_picture,
     grid,
     is_geotiff,
     open_geotiff,
-    read_raster,
+    read_picture,
     read_window,
     sar_image,
     sar_range,
@@ -34,7 +34,7 @@ SHEET_SIDE = 256  # pixels of a picture in a contact sheet
 
 
 class Source:
-    """An opened SAR image: in memory, or for a large GeoTIFF read by windows.
+    """An opened SAR image: in memory, or read by windows if it is a GeoTIFF.
 
     placed: it has a place on earth or a no-data value to keep, so that results should be GeoTIFFs.
     ImageError names the file and what is wrong with it.
@@ -42,50 +42,39 @@ class Source:
 
     def __init__(self, path: Path, scale: str = "auto", stretch: tuple[float, float] | None = None):
         self.path, self.dataset, self.raster, self.placed = path, None, None, False
-        if path.is_file() and is_geotiff(path):
+        if is_geotiff(path):
             self.dataset = file = open_geotiff(path)
             self.height, self.width = file.shape
-            size = f"{str(path)!r} is {file.width}x{file.height} pixels"
-            if min(file.shape) < MIN_SIDE:
-                raise ImageError(f"{size}: each side needs at least {MIN_SIDE}")
-            if file.height * file.width > max(2**24, 4000 * path.stat().st_size):  # no compression exceeds 4000
-                raise ImageError(f"{size} but too small a file for it: damaged or a trap")
             self.placed = bool(file.crs or file.gcps[0] or file.rpcs or not file.transform.is_identity)
             self.placed |= file.nodata is not None
             reduced = self.overview(OVERVIEW)
-            if reduced.valid.shape == file.shape:
-                self.raster = reduced
         else:
-            reduced = self.raster = read_raster(path)
+            reduced = self.raster = read_picture(path)
             self.height, self.width = reduced.valid.shape
         self.limits = sar_range(reduced, scale, stretch)
 
     def overview(self, side: int) -> Raster:
         """The whole image, thinned out so that no side is longer than this."""
         shrink = max(1.0, max(self.height, self.width) / side)
-        shape = round(self.height / shrink) or 1, round(self.width / shrink) or 1
         if self.raster is None:
-            return read_window(self.dataset, shape=shape)
+            return read_window(self.dataset, shape=tuple(round(n / shrink) or 1 for n in (self.height, self.width)))
         bands, valid, source = self.raster
-        rows, columns = (np.arange(n) * size // n for n, size in zip(shape, valid.shape))
-        return Raster(bands[:, rows][:, :, columns], valid[rows][:, columns], source)
+        step = math.ceil(shrink)
+        return Raster(bands[:, ::step, ::step], valid[::step, ::step], source)
 
-    def window(self, top: int, bottom: int, left: int, right: int) -> Raster:
+    def window(self, rows: slice, columns: slice) -> Raster:
         """A part of the image."""
         if self.raster is None:
-            from rasterio.windows import Window
-
-            return read_window(self.dataset, Window(left, top, right - left, bottom - top))
+            return read_window(self.dataset, (rows, columns))
         bands, valid, source = self.raster
-        return Raster(bands[:, top:bottom, left:right], valid[top:bottom, left:right], source)
+        return Raster(bands[:, rows, columns], valid[rows, columns], source)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """A part of the image as float32 (3, bottom - top, right - left) in [-1, 1], no-data darkest."""
-        return sar_image(self.window(top, bottom, left, right), self.limits)
+        return sar_image(self.window(slice(top, bottom), slice(left, right)), self.limits)
 
     def close(self) -> None:
-        """Lets go of the file and of what was read."""
-        self.raster = None
+        """Lets go of the file."""
         if self.dataset is not None:
             self.dataset.close()
 
@@ -102,20 +91,18 @@ def write_pictures(source: Source, results: Results, paths: dict[str, Path], abo
             if kind not in whole:
                 whole[kind] = np.empty((source.height, source.width, *part.shape[2:]), part.dtype)
             whole[kind][top : top + part.shape[0], left : left + part.shape[1]] = part
-    valid = source.window(0, source.height, 0, source.width).valid
-    pictures = {}
-    for kind, picture in whole.items():
-        if kind == "confidence":
-            picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of the rest
-            picture = confidence_picture(torch.from_numpy(picture)[None])
-        elif kind == "spread":
-            picture = picture.round().clip(0, 255).astype(np.uint8)
-        if not valid.all():
-            picture = np.dstack([picture, np.where(valid, 255, 0).astype(np.uint8)])
-        pictures[kind] = picture
+    valid = source.window(slice(0, source.height), slice(0, source.width)).valid
+    mask = np.where(valid, 255, 0).astype(np.uint8)
     with ExitStack() as names:  # all get their names in the end, or none
-        for kind, temporary in {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}.items():
-            write_png(temporary, pictures[kind], about)
+        for kind, picture in whole.items():
+            if kind == "confidence":
+                picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of the rest
+                picture = confidence_picture(torch.from_numpy(picture)[None])
+            elif kind == "spread":
+                picture = picture.round().clip(0, 255).astype(np.uint8)
+            if not valid.all():
+                picture = np.dstack([picture, mask])
+            write_png(names.enter_context(atomic(paths[kind])), picture, about)
 
 
 def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
@@ -123,7 +110,6 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
     the others keep the input's no-data value, but have NaN where it is none or could be a result.
     """
     import rasterio
-    from rasterio.windows import Window
 
     given = source.dataset
     common = {
@@ -141,7 +127,7 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
     cache = max(2**25, 2**12 * source.width)
     with ExitStack() as names, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=cache):
         temporary = {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}
-        sums = dict.fromkeys(paths, 0)
+        unread = 0  # checksum of what was written and not yet read back
         try:
             with ExitStack() as stack:
                 files = {}
@@ -155,22 +141,25 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
                         file.rpcs = given.rpcs
                 for top, left, parts in results:
                     rows, columns = parts["eo"].shape[:2]
-                    valid = source.window(top, top + rows, left, left + columns).valid
+                    place = slice(top, top + rows), slice(left, left + columns)
+                    valid = source.window(*place).valid
                     for kind, part in parts.items():
                         if kind != "eo":
                             part = np.where(valid, part, np.float32(nodata[kind]))
                         part = np.moveaxis(np.atleast_3d(part), 2, 0)
-                        files[kind].write(part, window=Window(left, top, columns, rows))
-                        sums[kind] += checksum(part)
-                    files["eo"].write_mask(valid, window=Window(left, top, columns, rows))
-                    sums["eo"] += int(valid.sum())
+                        files[kind].write(part, window=place)
+                        unread += checksum(part)
+                    mask = np.where(valid, 255, 0).astype(np.uint8)
+                    files["eo"].write_mask(mask, window=place)
+                    unread += checksum(mask)
             for kind, path in temporary.items():  # GDAL tells nobody if the disk is full when it closes a file
                 with rasterio.open(path) as file:
                     for _, window in file.block_windows(1):
-                        mask = file.read_masks(1, window=window) if kind == "eo" else np.zeros(1)
-                        sums[kind] -= checksum(file.read(window=window)) + int((mask > 0).sum())
-                if sums[kind]:
-                    raise OSError("it reads back otherwise than it was written")
+                        unread -= checksum(file.read(window=window))
+                        if kind == "eo":
+                            unread -= checksum(file.read_masks(1, window=window))
+            if unread:
+                raise OSError("it reads back otherwise than it was written")
         except (rasterio.errors.RasterioError, OSError) as error:
             raise OSError(f"cannot write {str(paths['eo'])!r} and its like (is the disk full?): {error}") from error
 
@@ -181,29 +170,18 @@ def checksum(values: np.ndarray) -> int:
 
 
 def contact_sheet(
-    path: Path,
-    rows: list[dict[str, Path]],
-    about: dict[str, str],
-    scale: str = "auto",
-    stretch: tuple[float, float] | None = None,
+    path: Path, rows: list[dict[str, Path]], scale: str, stretch: tuple[float, float] | None, about: dict[str, str]
 ) -> None:
-    """SAR | EO | confidence | spread, brought to one size. rows: the files, by kind; SAR as it was translated."""
+    """Writes a picture of SAR images, as `scale` and `stretch` read them, beside results. rows: files by title."""
 
-    def small(kind: str, path: Path) -> np.ndarray:
-        cell = np.full((SHEET_SIDE, SHEET_SIDE, 3), 255, np.uint8)
+    def small(title: str, path: Path) -> np.ndarray:
         try:
-            source = Source(path, scale, stretch) if kind == "sar" else Source(path, "linear")  # confidence is no dB
-            picture = to_uint8(sar_image(source.overview(SHEET_SIDE), source.limits))
-            source.close()
+            source = Source(path, scale, stretch) if title == "SAR" else Source(path, "linear")  # confidence is no dB
+            picture = Image.fromarray(to_uint8(sar_image(source.overview(OVERVIEW), source.limits)))
         except (ValueError, OSError, MemoryError):  # a confidence that is no-data everywhere, say
-            return cell
-        enlarged = max(SHEET_SIDE // max(picture.shape), 1)  # small patches fill their cells
-        picture = picture.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
-        top, left = ((SHEET_SIDE - n) // 2 for n in picture.shape[:2])
-        cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-        return cell
+            picture = Image.new("RGB", (1, 1), "white")
+        return np.asarray(ImageOps.pad(picture, (SHEET_SIDE, SHEET_SIDE), color="white"))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    titles = {"sar": "SAR", "eo": "EO"}
     pictures = [[small(*file) for file in row.items()] for row in rows]
-    save_image(path, grid(pictures, [titles.get(kind, kind) for kind in rows[0]]), about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(path, grid(pictures, [title.replace("eo", "EO") for title in rows[0]]), about)

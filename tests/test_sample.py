@@ -374,7 +374,6 @@ def test_a_failed_write_does_not_stop_the_others(run, tmp_path, monkeypatch):
     [
         (["a.png", "--tile", 20], "multiples of 8"),
         (["a.png", "--steps", 1001], "1000 timesteps"),
-        (["a.png", "--seed", -1], "--seed -1"),
         (["a.png", "--device", "nonsense"], "--device nonsense"),
         (["a.png", "--out", "a.png"], "is a file"),
         (["a.png", "--contact-sheet", "sheet.jpg"], "PNG"),
@@ -388,6 +387,13 @@ def test_settings_that_cannot_be(run, tmp_path, arguments, message):
     assert names(tmp_path) == {"a.png"}
 
 
+def test_a_seed_that_cannot_be(run, capsys):
+    for seed in (-1, 2**32):
+        with pytest.raises(SystemExit):
+            run("a.png", "--seed", seed)
+        assert f"--seed: invalid seed_number value: '{seed}'" in capsys.readouterr().err
+
+
 def test_models_that_cannot_translate(run, tmp_path):
     save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="fine-tune it first: python train.py"):
@@ -398,8 +404,8 @@ def test_models_that_cannot_translate(run, tmp_path):
 
 def test_an_empty_folder_is_an_error(run, tmp_path):
     (tmp_path / "empty").mkdir()
-    code, _, err = run("empty")
-    assert code == 2 and "no PNG, JPEG or TIFF" in err[0]
+    with pytest.raises(ValueError, match="'empty': no PNG, JPEG or TIFF"):
+        run("empty")
 
 
 def test_numbers_that_are_not_finite_are_never_written():
@@ -422,6 +428,12 @@ def test_ranks_share_the_files(run, tmp_path, monkeypatch):
         assert run("in", "--out", f"rank{rank}")[0] == 0
         done.append(names(tmp_path / f"rank{rank}"))
     assert done[0] | done[1] == names(tmp_path / "alone") and not done[0] & done[1]
+
+
+def test_images_that_ask_for_the_same_results_stay_together():
+    stems = {Path(name): Path(name).with_suffix("") for name in ("a.png", "b.png", "a.jpg", "c.png", "d.png")}
+    shares = [{str(path) for path in sample.share(stems, rank, 3)} for rank in range(3)]
+    assert shares == [{"a.png", "a.jpg", "d.png"}, {"b.png"}, {"c.png"}]
 
 
 def start(*arguments, cwd, before=None):

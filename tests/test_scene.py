@@ -10,7 +10,7 @@ from PIL import Image
 
 import scene
 import scene_files
-from cdiffset import CDiffSET, add_variance_channel, initial_noise, widen_input
+from cdiffset import CDiffSET, add_variance_channel, widen_input
 from images import ImageError, read_sar
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
@@ -82,12 +82,13 @@ def test_weights_sum_to_one_everywhere_and_vanish_towards_inner_borders(size, sc
 def test_blending_tiles_of_a_plane_gives_the_plane(scale):
     plane = torch.randn(2, 3, 50 * scale, 37 * scale)
 
-    def cut(top, jobs):
-        for left, n in jobs:
-            yield plane[n, :, top * scale : (top + 16) * scale, left * scale : (left + 16) * scale]
+    def cut(jobs):
+        assert len(jobs) <= 3
+        places = [(n, *(slice(axis.start * scale, axis.stop * scale) for axis in place)) for n, *place in jobs]
+        return torch.stack([plane[n, :, rows, columns] for n, rows, columns in places])
 
     result = torch.full_like(plane, torch.nan)
-    for rows, columns, values in scene.blend(50, 37, 16, cut, 2, scale):
+    for rows, columns, values in scene.blend(50, 37, 16, cut, 2, scale, batch=3):
         place = [slice(axis.start * scale, axis.stop * scale) for axis in (rows, columns)]
         assert result[:, :, place[0], place[1]].isnan().all()
         result[:, :, place[0], place[1]] = values
@@ -189,23 +190,17 @@ def test_no_seams_with_random_weights(model):
 # Numbers on disk
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
-    values = torch.randn(3, 20, 7)
-    with scene.Rows(tmp_path, 3, 20, 7) as rows:
-        for top in (12, 0, 5):
-            for left, right in ((3, 7), (0, 3)):
-                rows.write(top, left, values[:, top : top + 8, left:right])
-        assert torch.equal(rows.read(0, 20), values) and torch.equal(rows.read(4, 9), values[:, 4:9])
-
-
-@pytest.mark.parametrize("height, width", [(33, 29), (64, 64), (61, 3)])
-def test_noise_drawn_in_chunks_is_the_noise_of_the_contract(height, width, tmp_path, monkeypatch):
-    monkeypatch.setattr(scene, "NOISE_CHUNK", 256)
-    with scene.Rows(tmp_path, 8, height, width) as rows:
-        for seed in (7, 8):
-            rows.append_noise(seed, 4)
-        expected = torch.cat([initial_noise(seed, (4, height, width))[0] for seed in (7, 8)])
-        assert torch.equal(rows.read(0, height), expected)
+def test_numbers_come_back_as_they_were_written(tmp_path):
+    values = torch.randn(2, 3, 20, 7)
+    with closing(scene.OnDisk(tmp_path, 3, 20, 7)) as file:
+        for n in (1, 0):
+            for top in (12, 0, 5):
+                for columns in (slice(3, 7), slice(0, 3)):
+                    rows = slice(top, top + 8)
+                    file.write(n, rows, columns, values[n, :, rows, columns])
+        for n in (0, 1):
+            for rows, columns in ((slice(0, 20), slice(0, 7)), (slice(4, 9), slice(0, 7)), (slice(7, 8), slice(2, 6))):
+                assert torch.equal(file.read(n, rows, columns), values[n, :, rows, columns])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -238,7 +233,7 @@ def test_a_large_geotiff_is_read_by_windows_as_a_whole_one(geotiff, monkeypatch)
     assert source.raster is None and source.placed and (source.height, source.width) == (90, 70)
     assert torch.equal(torch.cat([source.read(0, 40, 7, 70), source.read(40, 90, 7, 70)], dim=1), expected[:, :, 7:])
     assert source.overview(30).bands.shape == (2, 30, 23)
-    assert not source.window(0, 20, 0, 70).valid[:10, :15].any()
+    assert not source.window(slice(0, 20), slice(0, 70)).valid[:10, :15].any()
     source.close()
 
 
