@@ -219,11 +219,13 @@ def main(arguments: list[str] | None = None) -> int:
             return validate(model, held_out, args.validate_steps, args.out / "samples" / f"{step:08d}.png")
 
     with run_folder(settings):
-        samples = prepare(args, model.to(device), train)
         if rank() == 0:
+            for i in range(len(held_out)):
+                _ = held_out[i]  # which says now, rather than after an hour, if one cannot be read
             sides = {"train": train_pairs, "test": test_pairs}
             scenes = {side: sorted({pair.scene for pair in pairs}) for side, pairs in sides.items()}
             write_json(args.out / "split.json", {"data": str(args.data), "seed": args.seed, "scenes": scenes})
+        samples = prepare(args, model.to(device), train)
         code = fit(
             model.unet,
             objective(model, args.loss, args.seed, cached=bool(args.cache)),
