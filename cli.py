@@ -78,18 +78,16 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
 
 
 def seed_number(text: str) -> int:
     """An argparse type: a whole number from 0 to 2^32 - 1, which is all that torch's generator distinguishes."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2^32 - 1")
+    return int(text)
 
 
 def choose_device(name: str | None) -> str:

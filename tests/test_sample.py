@@ -391,7 +391,7 @@ def test_a_seed_that_cannot_be(run, capsys):
     for seed in (-1, 2**32):
         with pytest.raises(SystemExit):
             run("a.png", "--seed", seed)
-        assert f"--seed: invalid seed_number value: '{seed}'" in capsys.readouterr().err
+        assert f"--seed: '{seed}' is no whole number from 0 to 2^32 - 1" in capsys.readouterr().err
 
 
 def test_models_that_cannot_translate(run, tmp_path):
