@@ -24,20 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import evaluate
 import synth
 from cdiffset import CDiffSET
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
-from confidence import look_up_colours
 from data import evenly, find_pairs, held_out_pairs
-from evaluate import METRICS
 from files import atomic, write_json
+from metrics import psnr
 from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
 from sample import load_model
-from study import ARMS, BATCH, Study, open_study, prediction_error, regress, score, train, translating
+from study import ARMS, BATCH, CHANGES, Study, open_study, painting, prediction_error, score, trained, translating
 from train import read_table
 from yardsticks import look_up
 
-LOOKS = (1, 2, 4, 8)
+LOOKS = {8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 look"}
 CLEAN = 10_000  # looks: next to no speckle
 ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: none that the model was trained on
 STEPS = (1, 2, 4, 10, 25, 50)
@@ -83,28 +83,28 @@ def vae(args: argparse.Namespace, picture: Path) -> Results:
     correlation: `correlation`, of a SAR image's latent with that of the same image without speckle.
     """
     model = CDiffSET.from_pretrained(args.base).to(args.device)
-    levels = {"no speckle": CLEAN} | {f"{n} looks" if n > 1 else "1 look": n for n in reversed(LOOKS)}
-    rows: dict[str, list] = {name: [] for name in [*levels, "floor"]}
+    levels = {CLEAN: "no speckle"} | LOOKS
+    rows: dict[str, list] = {name: [] for name in [*levels.values(), "floor"]}
     for seed in args.seeds:
-        clean = None
-        for name, looks in tqdm(levels.items(), desc=f"seed {seed}", unit="level"):
+        for looks, name in tqdm(levels.items(), desc=f"seed {seed}", unit="level"):
             scenes = [synth.draw(ANOTHER_COUNTRY + seed, scene, 0, args.size, looks) for scene in range(args.limit)]
             sar = torch.from_numpy(np.stack([s.sar for s in scenes]))[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
             eo = torch.from_numpy(np.stack([s.eo for s in scenes])).movedim(-1, 1) / 127.5 - 1
             (z_sar, again), (z_eo, again_eo) = reconstruct(model, sar), reconstruct(model, eo)
-            clean = clean or (sar, z_sar)
-            quality = {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)}
-            if looks != CLEAN:
-                quality |= {"psnr_clean": decibels(again, clean[0]), "psnr_speckled": decibels(sar, clean[0])}
-                quality |= {"correlation": correlation(z_sar, clean[1])}
-            rows[name].append(quality | {"distance": frechet(z_sar, z_eo)})
+            row = {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)}
+            if looks == CLEAN:  # the first
+                clean, z_clean = sar, z_sar
+            else:
+                row |= {"psnr_clean": decibels(again, clean), "psnr_speckled": decibels(sar, clean)}
+                row |= {"correlation": correlation(z_sar, z_clean)}
+            rows[name].append(row | {"distance": frechet(z_sar, z_eo)})
         rows["floor"].append({"distance": frechet(z_eo[::2], z_eo[1::2])})
     results = {name: collect(measured) for name, measured in rows.items()}
 
     def line(metric: str, colour: str, style: str = "-") -> Series:
-        return Series(LOOKS, [row[metric] for row in list(results.values())[-2:0:-1]], colour, style)
+        return Series(list(LOOKS), [results[name][metric] for name in LOOKS.values()], colour, style)
 
-    floor = Series(LOOKS, [float(np.mean(results["floor"]["distance"]))] * len(LOOKS), GREY, "--")
+    floor = Series(list(LOOKS), [float(np.mean(results["floor"]["distance"]))] * len(LOOKS), GREY, "--")
     quality = {"EO": line("psnr_eo", BLUE), "SAR": line("psnr_sar", ORANGE)}
     quality |= {"SAR to clean": line("psnr_clean", GREEN), "no VAE, to clean": line("psnr_speckled", GREY, "--")}
     distances = {"SAR to EO": line("distance", ORANGE), "EO to EO": floor}
@@ -125,7 +125,7 @@ def reconstruct(model: CDiffSET, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def decibels(image: Tensor, truth: Tensor) -> float:
     """Mean PSNR of images (N, 3, H, W) in [-1, 1]."""
-    return float(METRICS["psnr"](image / 2 + 0.5, truth / 2 + 0.5).mean())
+    return float(psnr(image / 2 + 0.5, truth / 2 + 0.5).mean())
 
 
 def frechet(z: Tensor, other: Tensor) -> float:
@@ -143,7 +143,7 @@ def correlation(z: Tensor, other: Tensor) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Trainings
+# Comparisons
 
 
 def compared(args: argparse.Namespace, names: list[str]) -> Results:
@@ -152,7 +152,7 @@ def compared(args: argparse.Namespace, names: list[str]) -> Results:
     for name in names:
         rows = []
         for seed in args.seeds:
-            model = train(name, seed, study)
+            model = trained(name, seed, study)
             error = prediction_error(model, name, study)
             rows.append(score(study, translating(model)) | {"prediction_error": error})
         results[ARMS[name].title] = collect(rows)
@@ -173,33 +173,27 @@ def pretraining(args: argparse.Namespace, picture: Path) -> Results:
 
 
 def loss(args: argparse.Namespace, picture: Path) -> Results:
-    """C-Diff and L2, from the same base. RMSE in levels of 0..255, by synth.py's change masks where there are any."""
+    """C-Diff and L2, from the same base."""
     results = compared(args, ["cdiff", "mse"])
     measured = next(iter(results.values()))
-    wanted = ["psnr", "rmse_unchanged", "rmse_sar_only", "rmse_eo_only"]
-    save_plot(picture, dots(results, [metric for metric in wanted if metric in measured], TITLES, COLOURS), 1.6)
+    save_plot(picture, dots(results, [m for m in ("psnr", *CHANGES) if m in measured], TITLES, COLOURS), 1.6)
     return results
 
 
 def regression(args: argparse.Namespace, picture: Path) -> Results:
     """One pass of the same network, beside diffusion (one sample, and the mean of several) and the colour look-up."""
     study = open_study(args)
-    colours = look_up_colours(study.train)
     rows: dict[str, list] = {ARMS["regression"].title: [], ONE_SAMPLE: [], MEAN_OF_SAMPLES: []}
     for seed in args.seeds:
-        model, diffusion = train("regression", seed, study), train("cdiff", seed, study)
-        painted = lambda sar, _, model=model: model.decode(regress(model.unet, model, sar))  # noqa: E731
-        for measured, make in zip(rows.values(), (painted, translating(diffusion), translating(diffusion, SAMPLES))):
+        model, diffusion = trained("regression", seed, study), trained("cdiff", seed, study)
+        makes = painting(model), translating(diffusion), translating(diffusion, samples=SAMPLES)
+        for measured, make in zip(rows.values(), makes):
             measured.append(score(study, make))
+    _, colours = evaluate.training_colours(study.train)
     looked_up = score(study, lambda sar, _: look_up(colours, sar.cpu()))
     results = {name: collect(measured) for name, measured in rows.items()} | {LOOK_UP: collect([looked_up])}
-    wanted = ["psnr", "ssim", *(["land_cover"] if "land_cover" in looked_up else [])]
-    save_plot(picture, dots(results, wanted, TITLES, COLOURS), 2)
+    save_plot(picture, dots(results, [m for m in ("psnr", "ssim", "land_cover") if m in looked_up], TITLES, COLOURS), 2)
     return results
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Steps
 
 
 def steps(args: argparse.Namespace, picture: Path) -> Results:
@@ -226,11 +220,11 @@ def steps(args: argparse.Namespace, picture: Path) -> Results:
 
 def score_steps(model: CDiffSET, study: Study, number: int, spacing: str, seed: int) -> dict[str, float]:
     """The scores with one setting, and the seconds an image took in the fastest batch, the least disturbed."""
-    took = []
+    translate, took = translating(model, number, spacing, first=seed * len(study.held_out)), []
 
     def make(sar: Tensor, numbers: range) -> Tensor:
         began = time.perf_counter()
-        made = model.translate(sar, number, [seed * len(study.held_out) + i for i in numbers], spacing)[0].cpu()
+        made = translate(sar, numbers).cpu()
         took.append((time.perf_counter() - began) / len(sar))
         return made
 
@@ -302,14 +296,13 @@ def main(arguments: list[str] | None = None) -> int:
     source = origin("claims.py", arguments, args)
     results = CLAIMS[args.claim](args, stem.with_suffix(".png"))
     write_json(stem.with_suffix(".json"), source | {"results": results})
-    notes = [
-        f"{args.limit} {'scenes a seed' if args.claim == 'vae' else 'held-out pairs at most'} of {args.size} pixels"
-    ]
-    if args.seeds[1:]:
-        notes.append(f"mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}")
+    what = "scenes a seed" if args.claim == "vae" else "held-out pairs at most"
+    notes = f"{args.limit} {what} of {args.size} pixels"
+    if len(args.seeds) > 1:
+        notes += f"; mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}"
     about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
     with atomic(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{table(results, args.claim)}\n{'; '.join(notes)}. {about}\n", encoding="utf-8")
+        temporary.write_text(f"{table(results, args.claim)}\n{notes}. {about}\n", encoding="utf-8")
     print(table(results, args.claim), end="")
     print(f"wrote {stem}.json, .md and .png")
     return 0
