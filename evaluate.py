@@ -154,17 +154,19 @@ def of_folders(args: argparse.Namespace) -> Work:
 
 
 def in_batches(
-    read: Callable[[int], tuple[Tensor, Tensor]], total: int, size: int, start: int = 0
+    read: Callable[[int], tuple[Tensor, Tensor]], total: int, size: int, start: int = 0, bar: str | None = None
 ) -> Iterator[tuple[range, Tensor, Tensor]]:
     """read(i), two images (3, H, W), for i from `start` to total - 1, `size` at a time: their numbers, and the batches
-    of both, (B, 3, H, W). Raises ValueError if the images of a batch have several sizes.
+    of both, (B, 3, H, W). bar: the title of a progress bar. ValueError: the images of a batch have several sizes.
     """
-    for first in range(start, total, size):
-        numbers = range(first, min(first + size, total))
-        both = list(zip(*map(read, numbers)))
-        if len({image.shape for side in both for image in side}) > 1:
-            raise ValueError("the images have several sizes: use --batch-size 1, or give evaluate.py a --size")
-        yield numbers, *map(torch.stack, both)
+    with tqdm(total=total, initial=start, unit="image", desc=bar, disable=bar is None) as progress:
+        for first in range(start, total, size):
+            numbers = range(first, min(first + size, total))
+            both = list(zip(*map(read, numbers)))
+            if len({image.shape for side in both for image in side}) > 1:
+                raise ValueError("the images have several sizes: use --batch-size 1, or give evaluate.py a --size")
+            yield numbers, *map(torch.stack, both)
+            progress.update(len(numbers))
 
 
 def score(
@@ -210,8 +212,8 @@ def score_all(work: Work, args: argparse.Namespace, lpips: Callable | None, file
     rows, total = resume(file, settings, len(work.pairs), args.batch_size), len(work.pairs)
     if rows:
         print(f"{len(rows)} of {total} images are scored already")
-    with file.open("a", encoding="utf-8") as log, tqdm(total=total, initial=len(rows), unit="image") as bar:
-        for numbers, first, truth in in_batches(work.read, total, args.batch_size, len(rows)):
+    with file.open("a", encoding="utf-8") as log:
+        for numbers, first, truth in in_batches(work.read, total, args.batch_size, len(rows), "scoring"):
             pairs = [work.pairs[i] for i in numbers]
             batch = [{"file": str(pair.eo)} for pair in pairs]
             try:
@@ -224,7 +226,6 @@ def score_all(work: Work, args: argparse.Namespace, lpips: Callable | None, file
             log.flush()
             os.fsync(log.fileno())
             rows += batch
-            bar.update(len(batch))
     return rows
 
 
@@ -244,8 +245,11 @@ def table(methods: dict[str, dict[str, float]]) -> str:
 def fid(inception: Callable[[Tensor], np.ndarray], work: Work, batch_size: int) -> float:
     """FID of the image files that were made, as 8-bit pictures, whatever the protocol."""
     features = [], []
-    files = in_batches(lambda i: (read_eo(work.made[i]), work.read(i)[1]), len(work.pairs), batch_size)
-    for _, *images in tqdm(files, total=-(-len(work.pairs) // batch_size), unit="batch", desc="FID"):
+
+    def read(i: int) -> tuple[Tensor, Tensor]:
+        return read_eo(work.made[i]), work.read(i)[1]
+
+    for _, *images in in_batches(read, len(work.pairs), batch_size, bar="FID"):
         for kind, batch in zip(features, images):
             kind.append(inception(batch / 2 + 0.5))
     return frechet_distance(*map(np.concatenate, features))
@@ -256,17 +260,15 @@ def contact_sheet(work: Work, psnrs: list[float], out: Path) -> None:
     order = np.argsort([-value for value in psnrs], kind="stable")
     middle, rows = len(order) // 2, []
     for i in [*order[:3], *order[middle - 1 : middle + 2], *order[-3:]] if len(order) >= 9 else order:
-        first, truth = work.read(i)
-        row = {"EO": to_uint8(truth), "generated": to_uint8(read_eo(work.made[i]))}
-        if work.made[i].is_relative_to(out / "eo"):  # a model's
-            row = {"SAR": to_uint8(first)} | row
+        row = list(work.read(i))
+        if work.made[i] != work.pairs[i].sar:  # a model's
             confidence = out / "confidence" / work.made[i].relative_to(out / "eo")
-            if confidence.exists():
-                row["confidence"] = to_uint8(read_eo(confidence))
-        rows.append(row)
-    height, width = (min(row["EO"].shape[axis] for row in rows) for axis in (0, 1))
-    pictures = [[picture[:height, :width] for picture in row.values()] for row in rows]
-    save_image(out / "contact_sheet.png", grid(pictures, list(rows[0])))
+            row += [read_eo(path) for path in (work.made[i], confidence) if path.exists()]
+        rows.append([to_uint8(image) for image in row])
+    titles = ["SAR", "EO", "generated", "confidence"] if len(rows[0]) > 2 else ["generated", "EO"]
+    height, width = (min(row[0].shape[axis] for row in rows) for axis in (0, 1))
+    pictures = [[picture[:height, :width] for picture in row] for row in rows]
+    save_image(out / "contact_sheet.png", grid(pictures, titles[: len(rows[0])]))
 
 
 # ----------------------------------------------------------------------------------------------------------
