@@ -31,7 +31,7 @@ from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import evenly, find_pairs, held_out_pairs
 from files import atomic, write_json
 from metrics import psnr
-from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
+from report import BLUE, GREEN, GREY, ORANGE, Series, dots, lines, markdown, origin, plot, pyplot
 from sample import load_model
 from study import ARMS, BATCH, CHANGES, Study, open_study, painting, prediction_error, score, trained, translating
 from train import read_table
@@ -65,6 +65,11 @@ ONE_SAMPLE, MEAN_OF_SAMPLES, LOOK_UP = "C-Diff, one sample", f"C-Diff, mean of {
 COLOURS = {arm.title: arm.colour for arm in ARMS.values()} | {ONE_SAMPLE: BLUE, MEAN_OF_SAMPLES: BLUE, LOOK_UP: GREY}
 
 Results = dict[str, dict[str, list[float]]]  # {row of the table: {metric: a value a seed, or one for all}}
+
+
+def titled(results: Results, *metrics: str) -> dict[str, str]:
+    """The titles of those of the metrics that were measured."""
+    return {name: TITLES[name] for name in metrics if any(name in row for row in results.values())}
 
 
 def collect(rows: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -108,11 +113,10 @@ def vae(args: argparse.Namespace, picture: Path) -> Results:
     quality = {"EO": line("psnr_eo", BLUE), "SAR": line("psnr_sar", ORANGE)}
     quality |= {"SAR to clean": line("psnr_clean", GREEN), "no VAE, to clean": line("psnr_speckled", GREY, "--")}
     distances = {"SAR to EO": line("distance", ORANGE), "EO to EO": floor}
-    save_plot(picture, [
-        lines("reconstruction", "looks", "PSNR, dB", quality, "x", columns=2),
-        lines("latent statistics", "looks", "Fréchet distance", distances, "x"),
-        lines("latents of SAR", "looks", "correlation to clean", {"": line("correlation", ORANGE)}, "x"),
-    ])  # fmt: skip
+    with plot(picture, 3) as (left, middle, right):
+        lines(left, "reconstruction", "looks", "PSNR, dB", quality, "x", columns=2)
+        lines(middle, "latent statistics", "looks", "Fréchet distance", distances, "x")
+        lines(right, "latents of SAR", "looks", "correlation to clean", {"": line("correlation", ORANGE)}, "x")
     return results
 
 
@@ -167,16 +171,18 @@ def pretraining(args: argparse.Namespace, picture: Path) -> Results:
         logs = [read_table(args.runs / f"{name}-{seed}" / "validation.csv") for seed in args.seeds]
         errors = [[row["error"] for row in rows] for rows in zip(*logs)]
         curves[ARMS[name].title] = Series([row["step"] for row in logs[0]], errors, ARMS[name].colour)
-    learning = lines("while they learn", "training step", "error of the prediction", curves)
-    save_plot(picture, [learning, *dots(results, ["psnr", "ssim"], TITLES, COLOURS)])
+    with plot(picture, 3) as (left, *others):
+        lines(left, "while they learn", "training step", "error of the prediction", curves)
+        dots(others, results, titled(results, "psnr", "ssim"), COLOURS)
     return results
 
 
 def loss(args: argparse.Namespace, picture: Path) -> Results:
     """C-Diff and L2, from the same base."""
     results = compared(args, ["cdiff", "mse"])
-    measured = next(iter(results.values()))
-    save_plot(picture, dots(results, [m for m in ("psnr", *CHANGES) if m in measured], TITLES, COLOURS), 1.6)
+    metrics = titled(results, "psnr", *CHANGES)
+    with plot(picture, len(metrics), 1.6) as panels:
+        dots(panels, results, metrics, COLOURS)
     return results
 
 
@@ -192,7 +198,9 @@ def regression(args: argparse.Namespace, picture: Path) -> Results:
     _, colours = evaluate.training_colours(study.train)
     looked_up = score(study, lambda sar, _: look_up(colours, sar.cpu()))
     results = {name: collect(measured) for name, measured in rows.items()} | {LOOK_UP: collect([looked_up])}
-    save_plot(picture, dots(results, [m for m in ("psnr", "ssim", "land_cover") if m in looked_up], TITLES, COLOURS), 2)
+    metrics = titled(results, "psnr", "ssim", "land_cover")
+    with plot(picture, len(metrics), 2) as panels:
+        dots(panels, results, metrics, COLOURS)
     return results
 
 
@@ -206,15 +214,14 @@ def steps(args: argparse.Namespace, picture: Path) -> Results:
             rows = [score_steps(model, study, number, spacing, seed) for seed in args.seeds]
             results[f"{spacing}, {number}"] = collect(rows)
 
-    def panel(metric: str) -> Drawing:
-        series = {
-            spacing: Series(STEPS, [results[f"{spacing}, {number}"][metric] for number in STEPS], colour)
-            for spacing, colour in (("leading", BLUE), ("trailing", ORANGE))
-        }
-        return lines("", "denoising steps", TITLES[metric], series, "x")
-
-    measured = next(iter(results.values()))
-    save_plot(picture, [panel(metric) for metric in ("psnr", "ssim", "land_cover") if metric in measured])
+    metrics = titled(results, "psnr", "ssim", "land_cover")
+    with plot(picture, len(metrics)) as panels:
+        for axes, (metric, title) in zip(panels, metrics.items()):
+            series = {
+                spacing: Series(STEPS, [results[f"{spacing}, {number}"][metric] for number in STEPS], colour)
+                for spacing, colour in (("leading", BLUE), ("trailing", ORANGE))
+            }
+            lines(axes, "", "denoising steps", title, series, "x")
     return results
 
 
@@ -246,10 +253,9 @@ def cell(values: list[float]) -> str:
 
 def table(results: Results, claim: str) -> str:
     """Markdown; what a row was not measured for stays empty. Errors by kind of change are told where they matter."""
-    metrics = [m for m in TITLES if any(m in row for row in results.values())]
-    metrics = [m for m in metrics if claim == "loss" or not m.startswith("rmse")]
+    metrics = titled(results, *(metric for metric in TITLES if claim == "loss" or metric not in CHANGES))
     rows = [[name, *(cell(row[m]) if m in row else "" for m in metrics)] for name, row in results.items()]
-    return markdown(["", *(TITLES[m] for m in metrics)], rows)
+    return markdown(["", *metrics.values()], rows)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

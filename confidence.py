@@ -36,7 +36,7 @@ from data import Pair, describe, evenly, find_pairs, held_out_pairs, mask_path, 
 from evaluate import in_batches, training_colours
 from files import write_json
 from images import confidence_picture, grid, to_uint8
-from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
+from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, plot, save_small
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
 from yardsticks import local_mean, look_up
@@ -268,8 +268,8 @@ def part_detection(out: Path, scores: dict[str, np.ndarray], change: np.ndarray,
         print(f"the best of the filters, {rival}, {max(value[rival], 1 - value[rival]):.3f}")
     rows = {name: {kind: [row[kind]["auroc"]] for kind in share} for name, row in found.items()}
     colours = {name: GREY if name in FILTERS else ORANGE if name.startswith("pair") else BLUE for name in rows}
-    titles = {kind: f"AUROC, objects {kind}" for kind in share}
-    save_plot(out / "detection.png", dots(rows, list(share), titles, colours, mark=0.5), 2.8)
+    with plot(out / "detection.png", len(share), 2.8) as panels:
+        dots(panels, rows, {kind: f"AUROC, objects {kind}" for kind in share}, colours, mark=0.5)
     return {"share": share, "scores": found}
 
 
@@ -291,11 +291,10 @@ def part_calibration(out: Path, bands: np.ndarray, timesteps: int) -> dict:
         series[label] = Series(measured[band]["bins_predicted"], measured[band]["bins_actual"], shade(band / BANDS))
     ratio = {"": Series(centres, [b["ratio"] for b in measured], BLUE), "_": Series(centres, [1] * BANDS, GREY, "--")}
     off = {"": Series(centres, [b["error"] for b in measured], ORANGE)}
-    save_plot(out / "calibration.png", [
-        lines(f"{BINS} equal bins", "predicted variance", "squared error", series, "xy", columns=2),
-        lines("on the whole", "timestep", "squared error / variance", ratio),
-        lines("within the bins", "timestep", "mean |ratio − 1|", off),
-    ])  # fmt: skip
+    with plot(out / "calibration.png", 3) as (left, middle, right):
+        lines(left, f"{BINS} equal bins", "predicted variance", "squared error", series, "xy", columns=2)
+        lines(middle, "on the whole", "timestep", "squared error / variance", ratio)
+        lines(right, "within the bins", "timestep", "mean |ratio − 1|", off)
     return {"all": everything, "bands": measured}
 
 
@@ -313,8 +312,9 @@ def part_errors(out: Path, error: np.ndarray, scores: dict[str, np.ndarray]) -> 
     for (name, curve), colour in zip(curves.items(), (GREEN, BLUE, ORANGE, PURPLE, GREY)):
         style = "--" if name == "random" else "-"
         series[f"{name} ({areas[name]:.2f})"] = Series(percent, 255 * curve, colour, style)
-    x, y = "pixels kept, the most certain first, %", "RMSE (0..255)"
-    save_plot(out / "error.png", [lines("in brackets: AUSE", x, y, series, columns=3)], 3.2)
+    with plot(out / "error.png", 1, 3.2) as (axes,):
+        x, y = "pixels kept, the most certain first, %", "RMSE (0..255)"
+        lines(axes, "in brackets: AUSE", x, y, series, columns=3)
     return {name: {"rmse": curve.tolist(), "ause": areas[name]} for name, curve in curves.items()}
 
 
