@@ -67,14 +67,15 @@ COLOURS = {arm.title: arm.colour for arm in ARMS.values()} | {ONE_SAMPLE: BLUE, 
 Results = dict[str, dict[str, list[float]]]  # {row of the table: {metric: a value a seed, or one for all}}
 
 
+def collect(results: Results, row: str, scores: dict[str, float]) -> None:
+    """Adds the scores of a seed to a row of the table."""
+    for metric, value in scores.items():
+        results.setdefault(row, {}).setdefault(metric, []).append(value)
+
+
 def titled(results: Results, *metrics: str) -> dict[str, str]:
     """The titles of those of the metrics that were measured."""
-    return {name: TITLES[name] for name in metrics if any(name in row for row in results.values())}
-
-
-def collect(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    """The scores of several seeds, as a list for each metric."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return {metric: TITLES[metric] for metric in metrics if any(metric in row for row in results.values())}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -84,27 +85,23 @@ def collect(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 def vae(args: argparse.Namespace, picture: Path) -> Results:
     """Reconstructions and latents of scenes drawn with more or less speckle; --limit scenes a seed.
 
-    distance: `frechet`, between the latents of SAR and EO images; floor: between two halves of the EO images.
-    correlation: `correlation`, of a SAR image's latent with that of the same image without speckle.
+    The floor is the distance between two halves of the EO images.
     """
-    model = CDiffSET.from_pretrained(args.base).to(args.device)
-    levels = {CLEAN: "no speckle"} | LOOKS
-    rows: dict[str, list] = {name: [] for name in [*levels.values(), "floor"]}
+    model, results = CDiffSET.from_pretrained(args.base).to(args.device), {}
     for seed in args.seeds:
-        for looks, name in tqdm(levels.items(), desc=f"seed {seed}", unit="level"):
+        for looks, name in tqdm({CLEAN: "no speckle", **LOOKS}.items(), desc=f"seed {seed}", unit="level"):
             scenes = [synth.draw(ANOTHER_COUNTRY + seed, scene, 0, args.size, looks) for scene in range(args.limit)]
             sar = torch.from_numpy(np.stack([s.sar for s in scenes]))[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
             eo = torch.from_numpy(np.stack([s.eo for s in scenes])).movedim(-1, 1) / 127.5 - 1
             (z_sar, again), (z_eo, again_eo) = reconstruct(model, sar), reconstruct(model, eo)
-            row = {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)}
+            collect(results, name, {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)})
             if looks == CLEAN:  # the first
                 clean, z_clean = sar, z_sar
             else:
-                row |= {"psnr_clean": decibels(again, clean), "psnr_speckled": decibels(sar, clean)}
-                row |= {"correlation": correlation(z_sar, z_clean)}
-            rows[name].append(row | {"distance": frechet(z_sar, z_eo)})
-        rows["floor"].append({"distance": frechet(z_eo[::2], z_eo[1::2])})
-    results = {name: collect(measured) for name, measured in rows.items()}
+                collect(results, name, {"psnr_clean": decibels(again, clean), "psnr_speckled": decibels(sar, clean)})
+                collect(results, name, {"correlation": correlation(z_sar, z_clean)})
+            collect(results, name, {"distance": frechet(z_sar, z_eo)})
+        collect(results, "floor", {"distance": frechet(z_eo[::2], z_eo[1::2])})
 
     def line(metric: str, colour: str, style: str = "-") -> Series:
         return Series(list(LOOKS), [results[name][metric] for name in LOOKS.values()], colour, style)
@@ -154,12 +151,10 @@ def compared(args: argparse.Namespace, names: list[str]) -> Results:
     """Trains and scores the arms, all seeds."""
     study, results = open_study(args), {}
     for name in names:
-        rows = []
         for seed in args.seeds:
             model = trained(name, seed, study)
             error = prediction_error(model, name, study)
-            rows.append(score(study, translating(model)) | {"prediction_error": error})
-        results[ARMS[name].title] = collect(rows)
+            collect(results, ARMS[name].title, score(study, translating(model)) | {"prediction_error": error})
     return results
 
 
@@ -188,16 +183,14 @@ def loss(args: argparse.Namespace, picture: Path) -> Results:
 
 def regression(args: argparse.Namespace, picture: Path) -> Results:
     """One pass of the same network, beside diffusion (one sample, and the mean of several) and the colour look-up."""
-    study = open_study(args)
-    rows: dict[str, list] = {ARMS["regression"].title: [], ONE_SAMPLE: [], MEAN_OF_SAMPLES: []}
+    study, results = open_study(args), {}
     for seed in args.seeds:
         model, diffusion = trained("regression", seed, study), trained("cdiff", seed, study)
-        makes = painting(model), translating(diffusion), translating(diffusion, samples=SAMPLES)
-        for measured, make in zip(rows.values(), makes):
-            measured.append(score(study, make))
+        collect(results, ARMS["regression"].title, score(study, painting(model)))
+        collect(results, ONE_SAMPLE, score(study, translating(diffusion)))
+        collect(results, MEAN_OF_SAMPLES, score(study, translating(diffusion, samples=SAMPLES)))
     _, colours = evaluate.training_colours(study.train)
-    looked_up = score(study, lambda sar, _: look_up(colours, sar.cpu()))
-    results = {name: collect(measured) for name, measured in rows.items()} | {LOOK_UP: collect([looked_up])}
+    collect(results, LOOK_UP, score(study, lambda sar, _: look_up(colours, sar.cpu())))
     metrics = titled(results, "psnr", "ssim", "land_cover")
     with plot(picture, len(metrics), 2) as panels:
         dots(panels, results, metrics, COLOURS)
@@ -211,8 +204,8 @@ def steps(args: argparse.Namespace, picture: Path) -> Results:
     study, results = Study(args, "", train_pairs, evenly(test, args.limit)), {}
     for spacing in ("leading", "trailing"):
         for number in tqdm(STEPS, desc=spacing):
-            rows = [score_steps(model, study, number, spacing, seed) for seed in args.seeds]
-            results[f"{spacing}, {number}"] = collect(rows)
+            for seed in args.seeds:
+                collect(results, f"{spacing}, {number}", score_steps(model, study, number, spacing, seed))
 
     metrics = titled(results, "psnr", "ssim", "land_cover")
     with plot(picture, len(metrics)) as panels:

@@ -182,3 +182,11 @@ def test_where_there_is_no_git_there_is_no_commit(monkeypatch):
 def test_one_value_has_no_spread():
     assert claims.cell([12.375]) == "12.38"
     assert claims.cell([0.1, 0.3]) == "0.200 ± 0.141"
+
+
+def test_the_scores_of_several_seeds_stand_in_one_row():
+    results = {}
+    for value in (1.0, 2.0):
+        claims.collect(results, "it", {"psnr": value, "ssim": value / 10})
+    claims.collect(results, "it", {"scc": 0.5})
+    assert results == {"it": {"psnr": [1, 2], "ssim": [0.1, 0.2], "scc": [0.5]}}
