@@ -304,17 +304,17 @@ def table(rows: list[dict]) -> str:
     columns = {
         "seconds": ("seconds", "{:.3g}"),
         "images/s": ("images_per_second", "{:.3g}"),
-        "peak, GB": ("peak_bytes", "{:.2f}"),
+        "peak, GB": ("peak_gigabytes", "{:.2f}"),
         "of the ceiling": ("share_of_ceiling", "{:.0%}"),
         "times as fast": ("speedup", "{:.2f}"),
         "PSNR to float32, dB": ("psnr_to_float32", "{:.1f}"),
     }
-    lines = []
+    lines = {}
     for row in rows:
-        shown = row if "error" in row else row | {"peak_bytes": row["peak_bytes"] / 1e9}
-        cells = ["" if shown.get(key) is None else form.format(shown[key]) for key, form in columns.values()]
-        lines.append([f"{row['task']}: {row['contender']}", row.get("error", cells[0]), *cells[1:]])
-    return markdown(["", *columns], lines)
+        shown = row | {"peak_gigabytes": row["peak_bytes"] / 1e9 if "peak_bytes" in row else None}
+        cells = {title: form.format(shown[key]) for title, (key, form) in columns.items() if shown.get(key) is not None}
+        lines[f"{row['task']}: {row['contender']}"] = cells if "error" not in row else {"seconds": row["error"]}
+    return markdown("", lines, columns)
 
 
 # ----------------------------------------------------------------------------------------------------------

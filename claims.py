@@ -247,8 +247,8 @@ def cell(values: list[float]) -> str:
 def table(results: Results, claim: str) -> str:
     """Markdown; what a row was not measured for stays empty. Errors by kind of change are told where they matter."""
     metrics = titled(results, *(metric for metric in TITLES if claim == "loss" or metric not in CHANGES))
-    rows = [[name, *(cell(row[m]) if m in row else "" for m in metrics)] for name, row in results.items()]
-    return markdown(["", *metrics.values()], rows)
+    rows = {name: {metrics[m]: cell(row[m]) for m in metrics if m in row} for name, row in results.items()}
+    return markdown("", rows, metrics.values())
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -193,8 +193,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=positive, default=256, metavar="N",
         help="held-out pairs to look at, evenly chosen; all numbers are kept in memory (default: %(default)s)")
     add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s)")
-    add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING,
-        help="of the steps (default: %(default)s)")
+    add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING, help="of the steps (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="of all noise (default: %(default)s)")
     add("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
     add("--device", help=DEVICE)
@@ -254,12 +253,11 @@ def part_detection(out: Path, scores: dict[str, np.ndarray], change: np.ndarray,
         print("nothing changed in these pairs: no score can find it; try a larger --limit\n")
         return {"share": {}, "scores": {}}
     found = {name: detect(score, change, objects) for name, score in scores.items()}
-    header = ["score", *(f"{kind}: {m}" for kind in share for m in ("AUROC", "AP", "among objects"))]
-    table = []
+    table = {name: {} for name in found}
     for name, kinds in found.items():
-        numbers = [number for kind in kinds.values() for number in kind.values()]
-        table.append([name, *("" if number is None else f"{number:.3f}" for number in numbers)])
-    print(markdown(header, table))
+        for kind, row in kinds.items():
+            table[name] |= {f"{kind}: {metric}": value for metric, value in row.items()}
+    print(markdown("score", table))
     for kind in share:
         value = {name: row[kind]["auroc"] for name, row in found.items()}
         best = max((name for name in value if name not in FILTERS), key=value.get)
@@ -279,9 +277,9 @@ def part_calibration(out: Path, bands: np.ndarray, timesteps: int) -> dict:
     everything = calibration(*bands.reshape(2, -1))
     width = timesteps // BANDS
     names = [f"t = {band * width} ... {(band + 1) * width - 1}" for band in range(BANDS)] + ["all"]
-    rows = [[b[key] for key in ("ratio", "error", "correlation")] for b in [*measured, everything]]
-    header = ["timesteps", "squared error / variance", "calibration error", "correlation of logs"]
-    print(markdown(header, [[name, *(f"{value:.3f}" for value in row)] for name, row in zip(names, rows)]))
+    titles = {"ratio": "squared error / variance", "error": "calibration error", "correlation": "correlation of logs"}
+    rows = [{title: b[key] for key, title in titles.items()} for b in [*measured, everything]]
+    print(markdown("timesteps", dict(zip(names, rows))))
 
     shade, centres = report.pyplot().get_cmap("viridis"), [(band + 0.5) * width for band in range(BANDS)]
     ends = [min(b["bins_predicted"][0] for b in measured), max(b["bins_predicted"][-1] for b in measured)]
@@ -304,9 +302,11 @@ def part_errors(out: Path, error: np.ndarray, scores: dict[str, np.ndarray]) -> 
     curves |= {name: sparsification(error, scores[name]) for name in ORDERS}
     curves["random"] = np.full(100, curves["oracle"][-1])
     areas = {name: ause(curve, curves["oracle"]) for name, curve in curves.items()}
-    kept = (100, 90, 75, 50, 25)
-    rows = [[n, *(f"{-20 * np.log10(c[k - 1]):.2f}" for k in kept), f"{areas[n]:.3f}"] for n, c in curves.items()]
-    print(markdown(["order of pixels", *(f"PSNR, best {k} %" for k in kept), "AUSE"], rows))
+    rows = {}
+    for name, curve in curves.items():
+        rows[name] = {f"PSNR, best {k} %": -20 * np.log10(curve[k - 1]) for k in (100, 90, 75, 50, 25)}
+        rows[name]["AUSE"] = areas[name]
+    print(markdown("order of pixels", rows))
 
     percent, series = list(range(1, 101)), {}
     for (name, curve), colour in zip(curves.items(), (GREEN, BLUE, ORANGE, PURPLE, GREY)):

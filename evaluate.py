@@ -235,13 +235,6 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def table(methods: dict[str, dict[str, float]]) -> str:
-    """The means in Markdown, a line a method; empty where a metric is not of a method."""
-    names = list(dict.fromkeys(name for row in methods.values() for name in row))
-    rows = [[method, *(f"{row[name]:.4f}" if name in row else "" for name in names)] for method, row in methods.items()]
-    return markdown(["", *names], rows)
-
-
 def fid(inception: Callable[[Tensor], np.ndarray], work: Work, batch_size: int) -> float:
     """FID of the image files that were made, as 8-bit pictures, whatever the protocol."""
     features = [], []
@@ -349,7 +342,8 @@ def main(arguments: list[str] | None = None) -> int:
         if inception and len(rows) > 1:
             mean[scored]["fid"] = fid(inception, work, args.batch_size)
         how = "x / 2 + 0.5" if args.protocol == "standard" else "clamp(x + 0.5, 0, 1), as the published numbers"
-        print(f"protocol {args.protocol}: {len(rows)} images, compared as {how}\n{table(mean)}")
+        print(f"protocol {args.protocol}: {len(rows)} images, compared as {how}")
+        print(markdown("", mean), end="")
         result = {"protocol": args.protocol, "mean": mean, "settings": settings, "date": str(date.today())}
         result |= {"machine": f"{machine(args.device)}, {platform.platform()}", "torch": torch.__version__}
         write_json(out / "metrics.json", result | {"images": [{"file": row["file"], **row[scored]} for row in rows]})

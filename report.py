@@ -8,7 +8,7 @@ import io
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -146,10 +146,16 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up on a terminal too; all but the first are aligned to the right."""
-    table = [header, *rows]
-    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(header))]
-    lines = ["| " + " | ".join(f"{c:{'<>'[i > 0]}{widths[i]}}" for i, c in enumerate(row)) + " |" for row in table]
-    rule = "|" + "|".join("-" * (w + 1) + ("-:"[i > 0]) for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+def markdown(corner: str, rows: dict[str, dict[str, str | float | None]], columns: Iterable[str] = ()) -> str:
+    """A Markdown table of {row: {column: text or number}} whose columns line up on a terminal too; what a row lacks
+    stays empty. columns: their order, where it is not that in which the rows name them.
+    """
+    columns = list(columns) or list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = [[corner, *columns]]
+    for name, row in rows.items():
+        values = [row.get(column) for column in columns]
+        table.append([name, *(f"{x:.3f}" if isinstance(x, float) else x or "" for x in values)])
+    first, *others = (max(3, *map(len, column)) for column in zip(*table))
+    lines = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in table]
+    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]) + "\n"
