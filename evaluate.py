@@ -104,21 +104,20 @@ def of_model(args: argparse.Namespace, out: Path) -> Work:
     train, test, split = held_out_pairs(found.pairs, args.model)
     test = chosen(test, args)
     print("\n".join([*describe(found), f"{len(test)} of the held-out pairs, by {split}"]))
-    cut = PairDataset(test, args.size, train=False) if args.size else None
+    read = PairDataset(test, args.size, train=False).__getitem__ if args.size else lambda i: read_pair(test[i])
     mean, colours = training_colours(train)
     names = list(by_name((pair.eo for pair in test), args.data))
-
-    def read(i: int) -> tuple[Tensor, Tensor]:
-        return cut[i] if cut else read_pair(test[i])
 
     @torch.inference_mode()
     def candidates(numbers: range, sar: Tensor, eo: Tensor) -> dict[str, Tensor]:
         """All methods' images; the model's are written to eo/ and confidence/ first."""
         made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
-        for j, i in enumerate(numbers):
-            save(out / "eo" / f"{names[i]}.png", made[j])
-            if confidence is not None:
-                save(out / "confidence" / f"{names[i]}.png", confidence_picture(confidence[j]))
+        pictures = {"eo": made, "confidence": [] if confidence is None else map(confidence_picture, confidence)}
+        for kind, images in pictures.items():
+            for i, image in zip(numbers, images):
+                path = out / kind / f"{names[i]}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_image(path, image)
         decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit).to(args.device))).float().clamp(-1, 1)
         return {
             "mean image": mean[:, None, None].expand_as(eo),
@@ -132,21 +131,16 @@ def of_model(args: argparse.Namespace, out: Path) -> Work:
     return Work(test, [out / "eo" / f"{name}.png" for name in names], read, candidates, about)
 
 
-def save(path: Path, image: Tensor | np.ndarray) -> None:
-    """Writes a picture, and makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(path, image)
-
-
 def of_folders(args: argparse.Namespace) -> Work:
     """The images in a folder, and what they should be."""
     pairs = chosen(pair_folders(args.images, args.truth), args)
-
-    def read(i: int) -> tuple[Tensor, Tensor]:
-        return read_pair(pairs[i], read_eo)
-
-    made = [pair.sar for pair in pairs]
-    return Work(pairs, made, read, lambda _, image, truth: {"images": image}, {"split": "all there are"})
+    return Work(
+        pairs,
+        made=[pair.sar for pair in pairs],
+        read=lambda i: read_pair(pairs[i], read_eo),
+        candidates=lambda _numbers, image, _truth: {"images": image},
+        about={"split": "all there are"},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
