@@ -229,13 +229,8 @@ def on_gpu(args: Namespace) -> bool:
 
 def measure(prepare: Callable[[Namespace], Run], args: Namespace, compiled: bool) -> dict:
     """In a process of its own: seconds of each run, peak memory in bytes, FLOPs of a run, and its images."""
-
-    def finish() -> None:
-        if on_gpu(args):
-            torch.cuda.synchronize()
-
     keep_freed_memory()  # as all scripts do here; diffusers gains by it as well
-    run = prepare(args)
+    run, finish = prepare(args), torch.cuda.synchronize if on_gpu(args) else lambda: None
     counter = nullcontext() if compiled else FlopCounterMode(display=False)  # it would be compiled as well
     with counter:
         output = run()
@@ -302,18 +297,19 @@ def compare(task: str, results: dict[str, dict], limits: dict[str, float], image
 def table(rows: list[dict]) -> str:
     """A Markdown table; what was not measured stays empty."""
     columns = {
-        "seconds": ("seconds", "{:.3g}"),
-        "images/s": ("images_per_second", "{:.3g}"),
-        "peak, GB": ("peak_gigabytes", "{:.2f}"),
-        "of the ceiling": ("share_of_ceiling", "{:.0%}"),
-        "times as fast": ("speedup", "{:.2f}"),
-        "PSNR to float32, dB": ("psnr_to_float32", "{:.1f}"),
+        "seconds": ("seconds", "{:.3g}".format),
+        "images/s": ("images_per_second", "{:.3g}".format),
+        "peak, GB": ("peak_bytes", lambda peak: f"{peak / 1e9:.2f}"),
+        "of the ceiling": ("share_of_ceiling", "{:.0%}".format),
+        "times as fast": ("speedup", "{:.2f}".format),
+        "PSNR to float32, dB": ("psnr_to_float32", "{:.1f}".format),
     }
     lines = {}
     for row in rows:
-        shown = row | {"peak_gigabytes": row["peak_bytes"] / 1e9 if "peak_bytes" in row else None}
-        cells = {title: form.format(shown[key]) for title, (key, form) in columns.items() if shown.get(key) is not None}
-        lines[f"{row['task']}: {row['contender']}"] = cells if "error" not in row else {"seconds": row["error"]}
+        cells = {title: text(row[key]) for title, (key, text) in columns.items() if row.get(key) is not None}
+        if "error" in row:
+            cells["seconds"] = row["error"]
+        lines[f"{row['task']}: {row['contender']}"] = cells
     return markdown("", lines, columns)
 
 
