@@ -31,7 +31,7 @@ from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import evenly, find_pairs, held_out_pairs
 from files import atomic, write_json
 from metrics import psnr
-from report import BLUE, GREEN, GREY, ORANGE, Series, dots, lines, markdown, origin, plot, pyplot
+from report import BLUE, GREEN, GREY, ORANGE, Results, Series, dots, lines, markdown, origin, plot, pyplot
 from sample import load_model
 from study import ARMS, BATCH, CHANGES, Study, open_study, painting, prediction_error, score, trained, translating
 from train import read_table
@@ -63,8 +63,6 @@ TITLES = {
 
 ONE_SAMPLE, MEAN_OF_SAMPLES, LOOK_UP = "C-Diff, one sample", f"C-Diff, mean of {SAMPLES} samples", "colour look-up"
 COLOURS = {arm.title: arm.colour for arm in ARMS.values()} | {ONE_SAMPLE: BLUE, MEAN_OF_SAMPLES: BLUE, LOOK_UP: GREY}
-
-Results = dict[str, dict[str, list[float]]]  # {row of the table: {metric: a value a seed, or one for all}}
 
 
 def collect(results: Results, row: str, scores: dict[str, float]) -> None:

@@ -158,7 +158,7 @@ def in_batches(
             numbers = range(first, min(first + size, total))
             both = list(zip(*map(read, numbers)))
             if len({image.shape for side in both for image in side}) > 1:
-                raise ValueError("the images have several sizes: use --batch-size 1, or give evaluate.py a --size")
+                raise ValueError("the images have several sizes: use --batch-size 1 (evaluate.py can also cut: --size)")
             yield numbers, *map(torch.stack, both)
             progress.update(len(numbers))
 
