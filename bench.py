@@ -12,21 +12,21 @@ line. With diffusers installed, that line is the released algorithm: float32, 50
 anew in each training step. Weights are random, which changes no time. Written to results/bench-MACHINE.json.
 """
 
-import argparse
 import os
 import re
 import resource
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from datetime import date
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +35,11 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, initial_noise, widen_input
 from checkpoint import Settings, State
-from cli import DEVICE, Parser, choose_device, keep_freed_memory, machine, positive, run
+from cli import DEVICE, Parser, choose_device, keep_freed_memory, positive, run
 from files import write_json
 from loop import add_gradients
 from metrics import psnr
+from report import markdown, origin
 from sample import compile_unet, load_model
 from scene import translate_scene
 from scheduler import DDPMScheduler
@@ -48,19 +49,19 @@ from vae import AutoencoderKL
 
 SD21 = Path("cache/sd21-random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Run = Callable[[], Tensor | None]  # what is timed; it returns an image, if there is one to compare
+Run = Callable[[], Any]  # what is timed; images that it returns, (B, 3, H, W), can be compared
 
 # ----------------------------------------------------------------------------------------------------------
 # Contenders: each prepares, and returns what is timed
 
 
-def sar_images(args: argparse.Namespace, side: int) -> Tensor:
+def sar_images(args: Namespace, side: int) -> Tensor:
     """Random images (batch, 3, side, side) in [-1, 1], on the device."""
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(args.batch_size, 3, side, side, generator=generator) * 2 - 1).to(args.device)
 
 
-def translating(args: argparse.Namespace, dtype: str, compiled: bool = False, sides: int = 1) -> Run:
+def translating(args: Namespace, dtype: str, compiled: bool = False, sides: int = 1) -> Run:
     """`CDiffSET.translate`, as sample.py calls it, of images `sides` times the size."""
     model, sar = load_model(args.model, None, dtype, args.device), sar_images(args, sides * args.size)
     if compiled:
@@ -68,14 +69,14 @@ def translating(args: argparse.Namespace, dtype: str, compiled: bool = False, si
     return lambda: model.translate(sar, args.steps)[0]
 
 
-def in_tiles(args: argparse.Namespace, dtype: str) -> Run:
+def in_tiles(args: Namespace, dtype: str) -> Run:
     """`translate_scene`: an image of twice the size, in tiles of the size."""
     model, sar = load_model(args.model, None, dtype, args.device), sar_images(args, 2 * args.size)[0]
     options = {"tile": args.size, "steps": args.steps, "batch": 8 if on_gpu(args) else 1}
-    return lambda: discard(list, translate_scene(model, lambda a, b, c, d: sar[:, a:b, c:d], *sar.shape[1:], **options))
+    return lambda: list(translate_scene(model, lambda a, b, c, d: sar[:, a:b, c:d], *sar.shape[1:], **options))
 
 
-def training(args: argparse.Namespace, dtype: str) -> Run:
+def training(args: Namespace, dtype: str) -> Run:
     """Steps of train.py with --cache: the latents are there."""
     model = CDiffSET.from_pretrained(args.model).to(args.device)
     if on_gpu(args):
@@ -95,7 +96,7 @@ def training(args: argparse.Namespace, dtype: str) -> Run:
     return run
 
 
-def diffusers_networks(args: argparse.Namespace, dtype: str) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
+def diffusers_networks(args: Namespace, dtype: str) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
     """VAE, U-Net and prompt embedding in diffusers' classes."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import load_file
@@ -112,7 +113,7 @@ def diffusers_networks(args: argparse.Namespace, dtype: str) -> tuple[torch.nn.M
     return vae, unet, context.to(unet.conv_in.weight)
 
 
-def diffusers_translating(args: argparse.Namespace, dtype: str, compiled: bool = False) -> Run:
+def diffusers_translating(args: Namespace, dtype: str, compiled: bool = False) -> Run:
     """The released sampler's algorithm, in diffusers."""
     from diffusers import DDIMScheduler
 
@@ -137,7 +138,7 @@ def diffusers_translating(args: argparse.Namespace, dtype: str, compiled: bool =
     return run
 
 
-def diffusers_training(args: argparse.Namespace, dtype: str) -> Run:
+def diffusers_training(args: Namespace, dtype: str) -> Run:
     """The released training step's algorithm, in diffusers: both images are encoded each time."""
     vae, unet, context = diffusers_networks(args, dtype)
     vae.requires_grad_(False)
@@ -160,7 +161,7 @@ def diffusers_training(args: argparse.Namespace, dtype: str) -> Run:
     return run
 
 
-def reading(args: argparse.Namespace) -> Run:
+def reading(args: Namespace) -> Run:
     """The bytes of the model's files, read one after the other into the same megabytes."""
     buffer = bytearray(2**24)
 
@@ -173,34 +174,29 @@ def reading(args: argparse.Namespace) -> Run:
     return run
 
 
-def loading(args: argparse.Namespace) -> Run:
+def loading(args: Namespace) -> Run:
     """`CDiffSET.from_pretrained`."""
-    return lambda: discard(CDiffSET.from_pretrained(args.model).to, args.device)
+    return lambda: CDiffSET.from_pretrained(args.model).to(args.device)
 
 
-def diffusers_loading(args: argparse.Namespace) -> Run:
+def diffusers_loading(args: Namespace) -> Run:
     """The same networks by diffusers."""
-    return lambda: discard(diffusers_networks, args, "float32")
+    return lambda: diffusers_networks(args, "float32")
 
 
-def ceiling(args: argparse.Namespace, dtype: str, kind: str) -> Run:
+def ceiling(args: Namespace, dtype: str, kind: str) -> Run:
     """A matrix product or a convolution large enough to keep the machine busy: networks compute no faster."""
     make, n = partial(torch.randn, device=args.device, dtype=DTYPES[dtype]), 8192 if on_gpu(args) else 2048
     if kind == "matrix product":
-        return partial(discard, torch.mm, make(n, n), make(n, n))
+        return partial(torch.mm, make(n, n), make(n, n))
     images, weight = make(n // 256, 320, 64, 64), make(320, 320, 3, 3)
     images, weight = (x.contiguous(memory_format=torch.channels_last) for x in (images, weight))
-    return partial(discard, torch.conv2d, images, weight, padding=1)
-
-
-def discard(function: Callable, *arguments, **options) -> None:
-    """Calls a function for the time it takes."""
-    function(*arguments, **options)
+    return partial(torch.conv2d, images, weight, padding=1)
 
 
 # the first of each task is what the others are compared with
 RELEASED = "diffusers float32 (the released algorithm)"
-CONTENDERS: dict[str, dict[str, Callable[[argparse.Namespace], Run]]] = {
+CONTENDERS: dict[str, dict[str, Callable[[Namespace], Run]]] = {
     "sample": {
         RELEASED: partial(diffusers_translating, dtype="float32"),
         "diffusers bfloat16 compiled": partial(diffusers_translating, dtype="bfloat16", compiled=True),
@@ -226,23 +222,20 @@ CEILINGS = {f"{kind} {dtype}": partial(ceiling, dtype=dtype, kind=kind) for kind
 # Measuring
 
 
-def on_gpu(args: argparse.Namespace) -> bool:
+def on_gpu(args: Namespace) -> bool:
     """Whether it runs on an NVIDIA GPU."""
     return args.device.startswith("cuda")
 
 
-def measure(prepare: Callable[[argparse.Namespace], Run], args: argparse.Namespace, compiled: bool) -> dict:
-    """In a process of its own: seconds of each run, peak memory in bytes, FLOPs of a run, and what it returned."""
-
-    def finish() -> None:
-        if on_gpu(args):
-            torch.cuda.synchronize()
-
+def measure(prepare: Callable[[Namespace], Run], args: Namespace, compiled: bool) -> dict:
+    """In a process of its own: seconds of each run, peak memory in bytes, FLOPs of a run, and its images."""
     keep_freed_memory()  # as all scripts do here; diffusers gains by it as well
-    run = prepare(args)
+    run, finish = prepare(args), torch.cuda.synchronize if on_gpu(args) else lambda: None
     counter = nullcontext() if compiled else FlopCounterMode(display=False)  # it would be compiled as well
     with counter:
         output = run()
+    comparable = isinstance(output, Tensor) and output.shape[1] == 3
+    output = output.float().cpu().numpy() if comparable else None  # and no model stays in memory, if that is loaded
     flops, seconds = None if compiled else counter.get_total_flops(), []
     for _ in range(args.runs):
         finish()
@@ -253,11 +246,10 @@ def measure(prepare: Callable[[argparse.Namespace], Run], args: argparse.Namespa
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu(args):
         peak = torch.cuda.max_memory_allocated()
-    output = output if output is None else output.float().cpu().numpy()
     return {"seconds": seconds, "peak_bytes": peak, "flops": flops, "output": output}
 
 
-def take_turns(contenders: dict[str, Callable], args: argparse.Namespace, bar: tqdm) -> dict[str, dict]:
+def take_turns(contenders: dict[str, Callable], args: Namespace, bar: tqdm) -> dict[str, dict]:
     """{contender: its figures}; the seconds of all rounds. One that runs out of memory has an "error" instead."""
     results = {}
     for _ in range(args.rounds):
@@ -274,16 +266,21 @@ def take_turns(contenders: dict[str, Callable], args: argparse.Namespace, bar: t
     return results
 
 
-def report(task: str, results: dict[str, dict], limits: dict[str, float], images: int) -> list[dict]:
-    """Rows of the table. limits: FLOP/s reached by each of CEILINGS."""
+def compare(task: str, results: dict[str, dict], limits: dict[str, float], images: int) -> list[dict]:
+    """The figures of each contender, beside those of the first. limits: FLOP/s reached by each of CEILINGS; images:
+    in a run.
+    """
     first, rows = next(iter(results.values())), []
     needed = min((r["flops"] for r in results.values() if r.get("flops")), default=0)
+    reference = results.get("float32", {}).get("output")
     for name, result in results.items():
+        row = {"task": task, "contender": name}
+        rows.append(row)
         if "error" in result:
-            rows.append({"task": task, "contender": name} | result)
+            row |= result
             continue
         seconds = median(result["seconds"])
-        row = {"task": task, "contender": name, "seconds": seconds, "runs": result["seconds"]}
+        row |= {"seconds": seconds, "runs": result["seconds"]}
         row |= {"images_per_second": images / seconds if images else None, "peak_bytes": result["peak_bytes"]}
         if needed and task != "load":
             dtype = "bfloat16" if "bfloat16" in name else "float32"
@@ -291,32 +288,29 @@ def report(task: str, results: dict[str, dict], limits: dict[str, float], images
             row |= {"flops": needed, "share_of_ceiling": needed / seconds / best}
         if "seconds" in first:
             row["speedup"] = median(first["seconds"]) / seconds
-        reference = results.get("float32", {}).get("output")
         if task == "sample" and reference is not None and name != "float32":
             a, b = (torch.from_numpy(x) / 2 + 0.5 for x in (result["output"], reference))
             row["psnr_to_float32"] = float(psnr(a, b).mean())
-        rows.append(row)
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """A Markdown table; what was not measured stays empty."""
     columns = {
-        "seconds": ("seconds", "{:.3g}"),
-        "images/s": ("images_per_second", "{:.3g}"),
-        "peak, GB": ("peak_bytes", "{:.2f}"),
-        "of the ceiling": ("share_of_ceiling", "{:.0%}"),
-        "times as fast": ("speedup", "{:.2f}"),
-        "PSNR to float32, dB": ("psnr_to_float32", "{:.1f}"),
+        "seconds": ("seconds", "{:.3g}".format),
+        "images/s": ("images_per_second", "{:.3g}".format),
+        "peak, GB": ("peak_bytes", lambda peak: f"{peak / 1e9:.2f}"),
+        "of the ceiling": ("share_of_ceiling", "{:.0%}".format),
+        "times as fast": ("speedup", "{:.2f}".format),
+        "PSNR to float32, dB": ("psnr_to_float32", "{:.1f}".format),
     }
-    lines = ["| task | contender | " + " | ".join(columns) + " |", "|---|---" + "|---" * len(columns) + "|"]
+    lines = {}
     for row in rows:
-        shown = row | {"peak_bytes": row.get("peak_bytes", 0) / 1e9}
-        cells = [form.format(shown[key]) if row.get(key) is not None else "" for key, form in columns.values()]
+        cells = {title: text(row[key]) for title, (key, text) in columns.items() if row.get(key) is not None}
         if "error" in row:
-            cells[0] = row["error"]
-        lines.append(f"| {row['task']} | {row['contender']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells["seconds"] = row["error"]
+        lines[f"{row['task']}: {row['contender']}"] = cells
+    return markdown("", lines, columns)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -332,7 +326,7 @@ def make_sd21(folder: Path) -> None:
     CDiffSET(AutoencoderKL(), unet, torch.randn(1, 6, 1024), DDPMScheduler()).save_pretrained(folder)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> Namespace:
     """The command line."""
     # fmt: off
     parser = Parser(__doc__)
@@ -362,43 +356,40 @@ def main(arguments: list[str] | None = None) -> int:
     args.device = choose_device(args.device)
     args.size = args.size or (512 if on_gpu(args) else 256)
     args.steps = args.steps or (50 if args.full else 4)
-    training_batch = args.batch_size or (8 if on_gpu(args) else 1)
+    args.batch_size = args.batch_size or (8 if on_gpu(args) else 1)
     if not args.model.exists():
         if args.model != SD21:
             raise ValueError(f"{str(args.model)!r} is not there: give a C-DiffSET model folder, as train.py writes")
         print(f"making {SD21}: random weights, 3.8 GB, once")
         make_sd21(SD21)
     compiled, references = args.full or on_gpu(args), find_spec("diffusers") is not None
-    tasks = {
-        task: {
-            name: prepare
-            for name, prepare in CONTENDERS[task].items()
-            if (compiled or "compiled" not in name) and (references or "diffusers" not in name)
-        }
-        for task in args.tasks or CONTENDERS
-    }
     if not references:
         print("diffusers is not installed (pip install diffusers): only this implementation is measured")
 
+    def wanted(name: str) -> bool:
+        return (compiled or "compiled" not in name) and (references or "diffusers" not in name)
+
+    tasks = {task: [name for name in CONTENDERS[task] if wanted(name)] for task in args.tasks or CONTENDERS}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows = []
     with tqdm(total=args.rounds * (len(CEILINGS) + sum(map(len, tasks.values()))), unit="turn") as bar:
-        reached = take_turns(CEILINGS, argparse.Namespace(**vars(args) | {"runs": 5}), bar)
+        reached = take_turns(CEILINGS, Namespace(**vars(args) | {"runs": 5}), bar)
         if any("error" in result for result in reached.values()):
             raise ValueError("out of memory while the machine's ceilings were measured: close other programs")
         limits = {name: result["flops"] / min(result["seconds"]) for name, result in reached.items()}
-        for task, contenders in tasks.items():
-            args.batch_size = training_batch if task == "train" else 1
-            rows += report(task, take_turns(contenders, args, bar), limits, 0 if task == "load" else args.batch_size)
-    where = machine(args.device)
-    heading = f"{where}, torch {torch.__version__}, {date.today()}, {args.size}x{args.size}, {args.steps} steps"
+        for task, names in tasks.items():
+            images = args.batch_size if task == "train" else 1
+            contenders = {name: CONTENDERS[task][name] for name in names}
+            results = take_turns(contenders, Namespace(**vars(args) | {"batch_size": images}), bar)
+            rows += compare(task, results, limits, 0 if task == "load" else images)
+
+    about = origin("bench.py", arguments, args)
     peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.items())
-    print(f"{heading}\nceilings in GFLOP/s: {peaks}\n\n{table(rows)}")
-    name = re.sub(r"[^A-Za-z0-9]+", "-", where).strip("-")
-    settings = {key: str(value) for key, value in vars(args).items()} | {"training_batch": training_batch}
-    about = {"machine": where, "torch": torch.__version__, "date": str(date.today()), "settings": settings}
-    write_json(args.out / f"bench-{name}.json", about | {"ceilings": limits, "rows": rows})
-    print(f"wrote {args.out / f'bench-{name}.json'}")
+    print(f"{about['machine']}, {args.size}x{args.size}, {args.steps} steps; ceilings in GFLOP/s: {peaks}\n")
+    print(table(rows))
+    path = args.out / f"bench-{re.sub('[^A-Za-z0-9]+', '-', about['machine']).strip('-')}.json"
+    write_json(path, about | {"ceilings": limits, "rows": rows})
+    print(f"wrote {path}")
     return 0
 
 

@@ -24,20 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import evaluate
 import synth
 from cdiffset import CDiffSET
 from checkpoint import read_table
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
-from confidence import look_up_colours
 from data import evenly, find_pairs, held_out_pairs
-from evaluate import METRICS
 from files import atomic, write_json
-from report import BLUE, GREEN, GREY, ORANGE, Drawing, Series, dots, lines, markdown, origin, pyplot, save_plot
+from metrics import psnr
+from report import BLUE, GREEN, GREY, ORANGE, Results, Series, dots, lines, markdown, origin, plot, pyplot
 from sample import load_model
-from study import ARMS, BATCH, Study, open_study, prediction_error, regress, score, train, translating
+from study import ARMS, BATCH, CHANGES, Study, open_study, painting, prediction_error, score, trained, translating
 from yardsticks import look_up
 
-LOOKS = (1, 2, 4, 8)
+LOOKS = {8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 look"}
 CLEAN = 10_000  # looks: next to no speckle
 ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: none that the model was trained on
 STEPS = (1, 2, 4, 10, 25, 50)
@@ -64,12 +64,16 @@ TITLES = {
 ONE_SAMPLE, MEAN_OF_SAMPLES, LOOK_UP = "C-Diff, one sample", f"C-Diff, mean of {SAMPLES} samples", "colour look-up"
 COLOURS = {arm.title: arm.colour for arm in ARMS.values()} | {ONE_SAMPLE: BLUE, MEAN_OF_SAMPLES: BLUE, LOOK_UP: GREY}
 
-Results = dict[str, dict[str, list[float]]]  # {row of the table: {metric: a value a seed, or one for all}}
+
+def collect(results: Results, row: str, scores: dict[str, float]) -> None:
+    """Adds the scores of a seed to a row of the table."""
+    for metric, value in scores.items():
+        results.setdefault(row, {}).setdefault(metric, []).append(value)
 
 
-def collect(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    """The scores of several seeds, as a list for each metric."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
+def titled(results: Results, *metrics: str) -> dict[str, str]:
+    """The titles of those of the metrics that were measured."""
+    return {metric: TITLES[metric] for metric in metrics if any(metric in row for row in results.values())}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -79,40 +83,35 @@ def collect(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 def vae(args: argparse.Namespace, picture: Path) -> Results:
     """Reconstructions and latents of scenes drawn with more or less speckle; --limit scenes a seed.
 
-    distance: `frechet`, between the latents of SAR and EO images; floor: between two halves of the EO images.
-    correlation: `correlation`, of a SAR image's latent with that of the same image without speckle.
+    The floor is the distance between two halves of the EO images.
     """
-    model = CDiffSET.from_pretrained(args.base).to(args.device)
-    levels = {"no speckle": CLEAN} | {f"{n} looks" if n > 1 else "1 look": n for n in reversed(LOOKS)}
-    rows: dict[str, list] = {name: [] for name in [*levels, "floor"]}
+    model, results = CDiffSET.from_pretrained(args.base).to(args.device), {}
     for seed in args.seeds:
-        clean = None
-        for name, looks in tqdm(levels.items(), desc=f"seed {seed}", unit="level"):
+        for looks, name in tqdm({CLEAN: "no speckle", **LOOKS}.items(), desc=f"seed {seed}", unit="level"):
             scenes = [synth.draw(ANOTHER_COUNTRY + seed, scene, 0, args.size, looks) for scene in range(args.limit)]
             sar = torch.from_numpy(np.stack([s.sar for s in scenes]))[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
             eo = torch.from_numpy(np.stack([s.eo for s in scenes])).movedim(-1, 1) / 127.5 - 1
             (z_sar, again), (z_eo, again_eo) = reconstruct(model, sar), reconstruct(model, eo)
-            clean = clean or (sar, z_sar)
-            quality = {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)}
-            if looks != CLEAN:
-                quality |= {"psnr_clean": decibels(again, clean[0]), "psnr_speckled": decibels(sar, clean[0])}
-                quality |= {"correlation": correlation(z_sar, clean[1])}
-            rows[name].append(quality | {"distance": frechet(z_sar, z_eo)})
-        rows["floor"].append({"distance": frechet(z_eo[::2], z_eo[1::2])})
-    results = {name: collect(measured) for name, measured in rows.items()}
+            collect(results, name, {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)})
+            if looks == CLEAN:  # the first
+                clean, z_clean = sar, z_sar
+            else:
+                collect(results, name, {"psnr_clean": decibels(again, clean), "psnr_speckled": decibels(sar, clean)})
+                collect(results, name, {"correlation": correlation(z_sar, z_clean)})
+            collect(results, name, {"distance": frechet(z_sar, z_eo)})
+        collect(results, "floor", {"distance": frechet(z_eo[::2], z_eo[1::2])})
 
     def line(metric: str, colour: str, style: str = "-") -> Series:
-        return Series(LOOKS, [row[metric] for row in list(results.values())[-2:0:-1]], colour, style)
+        return Series(list(LOOKS), [results[name][metric] for name in LOOKS.values()], colour, style)
 
-    floor = Series(LOOKS, [float(np.mean(results["floor"]["distance"]))] * len(LOOKS), GREY, "--")
+    floor = Series(list(LOOKS), [float(np.mean(results["floor"]["distance"]))] * len(LOOKS), GREY, "--")
     quality = {"EO": line("psnr_eo", BLUE), "SAR": line("psnr_sar", ORANGE)}
     quality |= {"SAR to clean": line("psnr_clean", GREEN), "no VAE, to clean": line("psnr_speckled", GREY, "--")}
     distances = {"SAR to EO": line("distance", ORANGE), "EO to EO": floor}
-    save_plot(picture, [
-        lines("reconstruction", "looks", "PSNR, dB", quality, "x", columns=2),
-        lines("latent statistics", "looks", "Fréchet distance", distances, "x"),
-        lines("latents of SAR", "looks", "correlation to clean", {"": line("correlation", ORANGE)}, "x"),
-    ])  # fmt: skip
+    with plot(picture, 3) as (left, middle, right):
+        lines(left, "reconstruction", "looks", "PSNR, dB", quality, "x", columns=2)
+        lines(middle, "latent statistics", "looks", "Fréchet distance", distances, "x")
+        lines(right, "latents of SAR", "looks", "correlation to clean", {"": line("correlation", ORANGE)}, "x")
     return results
 
 
@@ -125,7 +124,7 @@ def reconstruct(model: CDiffSET, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def decibels(image: Tensor, truth: Tensor) -> float:
     """Mean PSNR of images (N, 3, H, W) in [-1, 1]."""
-    return float(METRICS["psnr"](image / 2 + 0.5, truth / 2 + 0.5).mean())
+    return float(psnr(image / 2 + 0.5, truth / 2 + 0.5).mean())
 
 
 def frechet(z: Tensor, other: Tensor) -> float:
@@ -143,19 +142,17 @@ def correlation(z: Tensor, other: Tensor) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Trainings
+# Comparisons
 
 
 def compared(args: argparse.Namespace, names: list[str]) -> Results:
     """Trains and scores the arms, all seeds."""
     study, results = open_study(args), {}
     for name in names:
-        rows = []
         for seed in args.seeds:
-            model = train(name, seed, study)
+            model = trained(name, seed, study)
             error = prediction_error(model, name, study)
-            rows.append(score(study, translating(model)) | {"prediction_error": error})
-        results[ARMS[name].title] = collect(rows)
+            collect(results, ARMS[name].title, score(study, translating(model)) | {"prediction_error": error})
     return results
 
 
@@ -167,39 +164,35 @@ def pretraining(args: argparse.Namespace, picture: Path) -> Results:
         logs = [read_table(args.runs / f"{name}-{seed}" / "validation.csv") for seed in args.seeds]
         errors = [[row["error"] for row in rows] for rows in zip(*logs)]
         curves[ARMS[name].title] = Series([row["step"] for row in logs[0]], errors, ARMS[name].colour)
-    learning = lines("while they learn", "training step", "error of the prediction", curves)
-    save_plot(picture, [learning, *dots(results, ["psnr", "ssim"], TITLES, COLOURS)])
+    with plot(picture, 3) as (left, *others):
+        lines(left, "while they learn", "training step", "error of the prediction", curves)
+        dots(others, results, titled(results, "psnr", "ssim"), COLOURS)
     return results
 
 
 def loss(args: argparse.Namespace, picture: Path) -> Results:
-    """C-Diff and L2, from the same base. RMSE in levels of 0..255, by synth.py's change masks where there are any."""
+    """C-Diff and L2, from the same base."""
     results = compared(args, ["cdiff", "mse"])
-    measured = next(iter(results.values()))
-    wanted = ["psnr", "rmse_unchanged", "rmse_sar_only", "rmse_eo_only"]
-    save_plot(picture, dots(results, [metric for metric in wanted if metric in measured], TITLES, COLOURS), 1.6)
+    metrics = titled(results, "psnr", *CHANGES)
+    with plot(picture, len(metrics), 1.6) as panels:
+        dots(panels, results, metrics, COLOURS)
     return results
 
 
 def regression(args: argparse.Namespace, picture: Path) -> Results:
     """One pass of the same network, beside diffusion (one sample, and the mean of several) and the colour look-up."""
-    study = open_study(args)
-    colours = look_up_colours(study.train)
-    rows: dict[str, list] = {ARMS["regression"].title: [], ONE_SAMPLE: [], MEAN_OF_SAMPLES: []}
+    study, results = open_study(args), {}
     for seed in args.seeds:
-        model, diffusion = train("regression", seed, study), train("cdiff", seed, study)
-        painted = lambda sar, _, model=model: model.decode(regress(model.unet, model, sar))  # noqa: E731
-        for measured, make in zip(rows.values(), (painted, translating(diffusion), translating(diffusion, SAMPLES))):
-            measured.append(score(study, make))
-    looked_up = score(study, lambda sar, _: look_up(colours, sar.cpu()))
-    results = {name: collect(measured) for name, measured in rows.items()} | {LOOK_UP: collect([looked_up])}
-    wanted = ["psnr", "ssim", *(["land_cover"] if "land_cover" in looked_up else [])]
-    save_plot(picture, dots(results, wanted, TITLES, COLOURS), 2)
+        model, diffusion = trained("regression", seed, study), trained("cdiff", seed, study)
+        collect(results, ARMS["regression"].title, score(study, painting(model)))
+        collect(results, ONE_SAMPLE, score(study, translating(diffusion)))
+        collect(results, MEAN_OF_SAMPLES, score(study, translating(diffusion, samples=SAMPLES)))
+    _, colours = evaluate.training_colours(study.train)
+    collect(results, LOOK_UP, score(study, lambda sar, _: look_up(colours, sar.cpu())))
+    metrics = titled(results, "psnr", "ssim", "land_cover")
+    with plot(picture, len(metrics), 2) as panels:
+        dots(panels, results, metrics, COLOURS)
     return results
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Steps
 
 
 def steps(args: argparse.Namespace, picture: Path) -> Results:
@@ -209,28 +202,27 @@ def steps(args: argparse.Namespace, picture: Path) -> Results:
     study, results = Study(args, "", train_pairs, evenly(test, args.limit)), {}
     for spacing in ("leading", "trailing"):
         for number in tqdm(STEPS, desc=spacing):
-            rows = [score_steps(model, study, number, spacing, seed) for seed in args.seeds]
-            results[f"{spacing}, {number}"] = collect(rows)
+            for seed in args.seeds:
+                collect(results, f"{spacing}, {number}", score_steps(model, study, number, spacing, seed))
 
-    def panel(metric: str) -> Drawing:
-        series = {
-            spacing: Series(STEPS, [results[f"{spacing}, {number}"][metric] for number in STEPS], colour)
-            for spacing, colour in (("leading", BLUE), ("trailing", ORANGE))
-        }
-        return lines("", "denoising steps", TITLES[metric], series, "x")
-
-    measured = next(iter(results.values()))
-    save_plot(picture, [panel(metric) for metric in ("psnr", "ssim", "land_cover") if metric in measured])
+    metrics = titled(results, "psnr", "ssim", "land_cover")
+    with plot(picture, len(metrics)) as panels:
+        for axes, (metric, title) in zip(panels, metrics.items()):
+            series = {
+                spacing: Series(STEPS, [results[f"{spacing}, {number}"][metric] for number in STEPS], colour)
+                for spacing, colour in (("leading", BLUE), ("trailing", ORANGE))
+            }
+            lines(axes, "", "denoising steps", title, series, "x")
     return results
 
 
 def score_steps(model: CDiffSET, study: Study, number: int, spacing: str, seed: int) -> dict[str, float]:
     """The scores with one setting, and the seconds an image took in the fastest batch, the least disturbed."""
-    took = []
+    translate, took = translating(model, number, spacing, first=seed * len(study.held_out)), []
 
     def make(sar: Tensor, numbers: range) -> Tensor:
         began = time.perf_counter()
-        made = model.translate(sar, number, [seed * len(study.held_out) + i for i in numbers], spacing)[0].cpu()
+        made = translate(sar, numbers).cpu()
         took.append((time.perf_counter() - began) / len(sar))
         return made
 
@@ -252,10 +244,9 @@ def cell(values: list[float]) -> str:
 
 def table(results: Results, claim: str) -> str:
     """Markdown; what a row was not measured for stays empty. Errors by kind of change are told where they matter."""
-    metrics = [m for m in TITLES if any(m in row for row in results.values())]
-    metrics = [m for m in metrics if claim == "loss" or not m.startswith("rmse")]
-    rows = [[name, *(cell(row[m]) if m in row else "" for m in metrics)] for name, row in results.items()]
-    return markdown(["", *(TITLES[m] for m in metrics)], rows)
+    metrics = titled(results, *(metric for metric in TITLES if claim == "loss" or metric not in CHANGES))
+    rows = {name: {metrics[m]: cell(row[m]) for m in metrics if m in row} for name, row in results.items()}
+    return markdown("", rows, metrics.values())
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -302,14 +293,13 @@ def main(arguments: list[str] | None = None) -> int:
     source = origin("claims.py", arguments, args)
     results = CLAIMS[args.claim](args, stem.with_suffix(".png"))
     write_json(stem.with_suffix(".json"), source | {"results": results})
-    notes = [
-        f"{args.limit} {'scenes a seed' if args.claim == 'vae' else 'held-out pairs at most'} of {args.size} pixels"
-    ]
-    if args.seeds[1:]:
-        notes.append(f"mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}")
+    what = "scenes a seed" if args.claim == "vae" else "held-out pairs at most"
+    notes = f"{args.limit} {what} of {args.size} pixels"
+    if len(args.seeds) > 1:
+        notes += f"; mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}"
     about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
     with atomic(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{table(results, args.claim)}\n{'; '.join(notes)}. {about}\n", encoding="utf-8")
+        temporary.write_text(f"{table(results, args.claim)}\n{notes}. {about}\n", encoding="utf-8")
     print(table(results, args.claim), end="")
     print(f"wrote {stem}.json, .md and .png")
     return 0

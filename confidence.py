@@ -19,6 +19,7 @@ most changes (SAR only: pink, EO only: green; of the confidence the logarithm, s
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,21 +27,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import report
 import synth
 from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import Pair, describe, evenly, find_pairs, held_out_pairs, mask_path, read_mask, read_pair, seed_of
+from evaluate import in_batches, training_colours
 from files import write_json
 from images import confidence_picture, grid, to_uint8
-from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, save_plot, save_small
+from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, plot, save_small
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
-from yardsticks import FITTED_ON, fit_colours, local_mean, look_up
+from yardsticks import local_mean, look_up
 
-KINDS = {"only in SAR": 1, "only in EO": 2}  # values of the change masks
+KINDS = {"only in SAR": 1, "only in EO": 2}  # values of synth.py's change masks
+OBJECTS = (synth.ROOF, synth.SHIP)  # of its class masks
 UNCERTAINTY = "1 / confidence"
 FILTERS = ("SAR mean", "SAR deviation", "gradient of generated", "gradient of EO", "EO - colour look-up")
 ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the least certain pixels are dropped
@@ -107,11 +109,6 @@ def calibration(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float | 
 # Scores
 
 
-def look_up_colours(pairs: list[Pair]) -> Tensor:
-    """The colour that goes with each SAR level in training pairs, of which FITTED_ON are looked at: (levels, 3)."""
-    return fit_colours(read_pair(pair) for pair in evenly(pairs, FITTED_ON))[1]
-
-
 def deviation(image: Tensor) -> Tensor:
     """Standard deviation in each pixel's 7x7 neighbourhood: (B, 3, H, W) -> (B, H, W)."""
     grey = image.mean(dim=1, keepdim=True)
@@ -139,58 +136,46 @@ def noise_error(
     return error, None if raw is None else variance(raw.float())
 
 
-def latents(model: CDiffSET, sar: Tensor, eo: Tensor) -> tuple[Tensor, Tensor]:
-    """The latents of images (B, 3, H, W), padded as `translate` pads them."""
-    images = pad_to_multiple(torch.cat([sar, eo]), model.unit).to(model.prompt_embedding.device)
-    with torch.inference_mode():
-        return model.encode(images).float().chunk(2)
-
-
-def pair_scores(model: CDiffSET, sar: Tensor, eo: Tensor, numbers: Sequence[int], seed: int) -> dict[str, Tensor]:
-    """Scores of real pairs, two (B, 3, H, W) with their numbers -> {name: (B, H, W)}: where do they not go together?"""
-    (z_sar, z_eo), (height, width) = latents(model, sar, eo), sar.shape[2:]
+def pair_scores(model: CDiffSET, z_sar: Tensor, z_eo: Tensor, numbers: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """Scores of real pairs, latents (B, 4, h, w) with their numbers -> {name: (B, H, W)}: where do they not go
+    together?
+    """
     scores = {}
     for t in TIMESTEPS:
         draws = [
             torch.cat(noise_error(model, z_sar, z_eo, t, [seed_of(seed, "pair", t, k, i) for i in numbers]), dim=1)
             for k in range(DRAWS)
         ]
-        maps = F.interpolate(torch.stack(draws).mean(dim=0), scale_factor=model.vae.factor, mode="bicubic")
-        error, var = maps[:, :, :height, :width].cpu().unbind(dim=1)
-        scores |= {f"pair: variance, t = {t}": var, f"pair: error, t = {t}": error}
+        maps = F.interpolate(torch.stack(draws).mean(dim=0), scale_factor=model.vae.factor, mode="bicubic").cpu()
+        scores |= {f"pair: variance, t = {t}": maps[:, 1], f"pair: error, t = {t}": maps[:, 0]}
     return scores
 
 
-def by_timestep(
-    model: CDiffSET, sar: Tensor, eo: Tensor, numbers: Sequence[int], seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each of BANDS bands of timesteps, the predicted variance and the squared error of all latent pixels, (N,)."""
-    z_sar, z_eo = latents(model, sar, eo)
-    width, result = model.scheduler.num_train_timesteps // BANDS, []
+def by_timestep(model: CDiffSET, z_sar: Tensor, z_eo: Tensor, numbers: Sequence[int], seed: int) -> np.ndarray:
+    """(2, BANDS, N): the predicted variance and the squared error of all latent pixels, in each band of timesteps."""
+    width, maps = model.scheduler.num_train_timesteps // BANDS, []
     for band in range(BANDS):
         seeds = [seed_of(seed, "calibration", band, i) for i in numbers]
         t = torch.tensor([band * width + s % width for s in seeds], device=z_eo.device)
         error, var = noise_error(model, z_sar, z_eo, t, seeds)
-        result.append((var.flatten().cpu().numpy(), error.flatten().cpu().numpy()))
-    return result
+        maps.append(torch.stack([var.flatten(), error.flatten()]))
+    return torch.stack(maps, dim=1).cpu().numpy()
 
 
-def detect(scores: dict[str, np.ndarray], change: np.ndarray, objects: np.ndarray) -> dict[str, dict[str, dict]]:
-    """{score: {kind: {auroc, ap, auroc_objects}}} of flat scores (N,), change masks and where EO shows an object.
+def detect(score: np.ndarray, change: np.ndarray, objects: np.ndarray) -> dict[str, dict[str, float | None]]:
+    """{kind: auroc, ap, auroc_objects} of scores (N,), change masks (N,), and where EO shows an object, (N,).
 
     A kind that does not occur is left out; among objects, None where no unchanged one is there.
     """
-    table: dict[str, dict[str, dict]] = {name: {} for name in scores}
+    kinds = {}
     for kind, value in KINDS.items():
-        for name, score in scores.items():
-            everywhere, truth = (change == 0) | (change == value), change == value
-            among = truth | ((change == 0) & objects)
-            if not truth.any():
-                continue
-            auroc, ap = ranking(score[everywhere], truth[everywhere])
-            only = ranking(score[among], truth[among])[0] if (among & ~truth).any() else None
-            table[name][kind] = {"auroc": auroc, "ap": ap, "auroc_objects": only}
-    return table
+        truth, same = change == value, change == 0
+        if truth.any():
+            auroc, ap = ranking(score[same | truth], truth[same | truth])
+            among = truth | (same & objects)
+            only = ranking(score[among], truth[among])[0] if (same & objects).any() else None
+            kinds[kind] = {"auroc": auroc, "ap": ap, "auroc_objects": only}
+    return kinds
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -208,8 +193,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=positive, default=256, metavar="N",
         help="held-out pairs to look at, evenly chosen; all numbers are kept in memory (default: %(default)s)")
     add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s)")
-    add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING,
-        help="of the steps (default: %(default)s)")
+    add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING, help="of the steps (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="of all noise (default: %(default)s)")
     add("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
     add("--device", help=DEVICE)
@@ -217,54 +201,42 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_batch(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """SAR and EO images, (B, 3, H, W) each. Raises ValueError if their sizes differ."""
-    images = [read_pair(pair) for pair in pairs]
-    if len({sar.shape for sar, _ in images}) > 1:
-        raise ValueError(f"{str(pairs[0].sar)!r} and its neighbours differ in size: use --batch-size 1")
-    sar, eo = (torch.stack(side) for side in zip(*images))
-    return sar, eo
-
-
-def measure(model: CDiffSET, pairs: list[Pair], colours: Tensor, masked: bool, args: argparse.Namespace) -> tuple:
-    """Everything that is measured, flat: scores {name: (N,)}, squared error (N,), change (N,) and objects (N,) (empty
-    if not `masked`), and for each band of timesteps the predicted variance and squared error.
+def measure(
+    model: CDiffSET, pairs: list[Pair], colours: Tensor, masked: bool, args: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Everything that is measured: {name: (N,)} with the scores, the squared "error" and, if `masked`, "change" and
+    "objects" of all pixels; and what `by_timestep` gives.
     """
-    columns: dict[str, list] = {}
-    bands: list[list] = [[] for _ in range(BANDS)]
-    for start in tqdm(range(0, len(pairs), args.batch_size), unit="batch", desc="measuring"):
-        numbers = range(start, min(start + args.batch_size, len(pairs)))
-        batch = [pairs[i] for i in numbers]
-        sar, eo = read_batch(batch)
+    columns, bands = defaultdict(list), []
+    for numbers, sar, eo in in_batches(lambda i: read_pair(pairs[i]), len(pairs), args.batch_size, bar="measuring"):
         made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
-        made = made.cpu()
+        made, (height, width) = made.cpu(), sar.shape[2:]
+        images = pad_to_multiple(torch.cat([sar, eo]), model.unit).to(model.prompt_embedding.device)
+        with torch.inference_mode():
+            z_sar, z_eo = model.encode(images).float().chunk(2)
         found = {UNCERTAINTY: -confidence.cpu()[:, 0]}  # sorts as its inverse, and bicubic values may fall below 0
         if masked:
-            found |= pair_scores(model, sar, eo, numbers, args.seed)
-            change = torch.from_numpy(np.stack([read_mask(pair, "change") for pair in batch]))
-            classes = np.stack([read_mask(pair, "class") for pair in batch])
-            found |= {"change": change, "objects": torch.from_numpy(np.isin(classes, (synth.ROOF, synth.SHIP)))}
+            found |= pair_scores(model, z_sar, z_eo, numbers, args.seed)
+            change, classes = (np.stack([read_mask(pairs[i], kind) for i in numbers]) for kind in ("change", "class"))
+            found |= {"change": torch.from_numpy(change), "objects": torch.from_numpy(np.isin(classes, OBJECTS))}
             expected = look_up(colours, sar)
             found |= {"gradient of EO": gradient(eo), "EO - colour look-up": local_mean((eo - expected).abs())}
         found |= {"SAR mean": local_mean(sar), "SAR deviation": deviation(sar), "gradient of generated": gradient(made)}
-        found["error"] = ((made - eo) / 2).square().mean(dim=1)
+        found |= {"error": ((made - eo) / 2).square().mean(dim=1)}
         for name, values in found.items():
-            columns.setdefault(name, []).append(values.flatten().numpy())
-        for band, values in zip(bands, by_timestep(model, sar, eo, numbers, args.seed)):
-            band.append(values)
-    flat = {name: np.concatenate(parts) for name, parts in columns.items()}
-    rest = [flat.pop(name, np.zeros(0)) for name in ("error", "change", "objects")]
-    return flat, *rest, [tuple(np.concatenate(side) for side in zip(*band)) for band in bands]
+            columns[name].append(values[:, :height, :width].flatten().numpy())
+        bands.append(by_timestep(model, z_sar, z_eo, numbers, args.seed))
+    return {name: np.concatenate(parts) for name, parts in columns.items()}, np.concatenate(bands, axis=2)
 
 
 def examples(model: CDiffSET, pairs: list[Pair], numbers: Sequence[int], masked: bool, args) -> np.ndarray:
     """A picture of some pairs, a row each."""
     rows = []
     for i in numbers:
-        sar, eo = read_batch([pairs[i]])
-        made, confidence = model.translate(sar, args.steps, args.seed + int(i), args.spacing)
+        sar, eo = read_pair(pairs[i])
+        made, confidence = model.translate(sar[None], args.steps, args.seed + int(i), args.spacing)
         seen = confidence_picture(confidence[0].clamp(min=1 / VARIANCE_MAX).log())
-        rows.append([to_uint8(sar[0]), to_uint8(eo[0]), to_uint8(made[0]), seen])
+        rows.append([to_uint8(sar), to_uint8(eo), to_uint8(made[0]), seen])
         if masked:
             rows[-1].append(np.array(synth.CHANGE_COLOURS, np.uint8)[read_mask(pairs[i], "change")])
     return grid(rows, ["SAR", "EO", "generated", "confidence", "change"][: len(rows[0])])
@@ -276,73 +248,73 @@ def examples(model: CDiffSET, pairs: list[Pair], numbers: Sequence[int], masked:
 
 def part_detection(out: Path, scores: dict[str, np.ndarray], change: np.ndarray, objects: np.ndarray) -> dict:
     """Finding what changed; the plot has a panel a kind of change, and the filters in grey."""
-    kinds = [kind for kind, value in KINDS.items() if (change == value).any()]
-    if not kinds:
+    share = {kind: float(np.mean(change == value)) for kind, value in KINDS.items() if (change == value).any()}
+    if not share:
         print("nothing changed in these pairs: no score can find it; try a larger --limit\n")
         return {"share": {}, "scores": {}}
-    found = detect(scores, change, objects)
-    share = {kind: float(np.mean(change == KINDS[kind])) for kind in kinds}
-    header = ["score", *(f"{kind}: {m}" for kind in kinds for m in ("AUROC", "AP", "among objects"))]
-    cells = {n: ["" if v is None else f"{v:.3f}" for k in kinds for v in row[k].values()] for n, row in found.items()}
-    print(markdown(header, [[name, *row] for name, row in cells.items()]))
-    for kind in kinds:
+    found = {name: detect(score, change, objects) for name, score in scores.items()}
+    table = {name: {} for name in found}
+    for name, kinds in found.items():
+        for kind, row in kinds.items():
+            table[name] |= {f"{kind}: {metric}": value for metric, value in row.items()}
+    print(markdown("score", table))
+    for kind in share:
         value = {name: row[kind]["auroc"] for name, row in found.items()}
         best = max((name for name in value if name not in FILTERS), key=value.get)
         rival = max(FILTERS, key=lambda name: abs(value[name] - 0.5))  # a filter may be turned round
         print(f"{kind} ({share[kind]:.2%} of the pixels): {best} {value[best]:.3f}, ", end="")
         print(f"the best of the filters, {rival}, {max(value[rival], 1 - value[rival]):.3f}")
-    rows = {name: {kind: [row[kind]["auroc"]] for kind in kinds} for name, row in found.items()}
+    rows = {name: {kind: [row[kind]["auroc"]] for kind in share} for name, row in found.items()}
     colours = {name: GREY if name in FILTERS else ORANGE if name.startswith("pair") else BLUE for name in rows}
-    titles = {kind: f"AUROC, objects {kind}" for kind in kinds}
-    save_plot(out / "detection.png", dots(rows, kinds, titles, colours, mark=0.5), 2.8)
+    with plot(out / "detection.png", len(share), 2.8) as panels:
+        dots(panels, rows, {kind: f"AUROC, objects {kind}" for kind in share}, colours, mark=0.5)
     return {"share": share, "scores": found}
 
 
-def part_calibration(out: Path, bands: list[tuple[np.ndarray, np.ndarray]], timesteps: int) -> dict:
+def part_calibration(out: Path, bands: np.ndarray, timesteps: int) -> dict:
     """Squared error against variance in each band of timesteps, and their ratio by timestep."""
-    measured = [calibration(*band) for band in bands]
-    everything = calibration(*(np.concatenate(side) for side in zip(*bands)))
+    measured = [calibration(*band) for band in zip(*bands)]
+    everything = calibration(*bands.reshape(2, -1))
     width = timesteps // BANDS
     names = [f"t = {band * width} ... {(band + 1) * width - 1}" for band in range(BANDS)] + ["all"]
-    rows = [[b[key] for key in ("ratio", "error", "correlation")] for b in [*measured, everything]]
-    header = ["timesteps", "squared error / variance", "calibration error", "correlation of logs"]
-    print(markdown(header, [[name, *(f"{value:.3f}" for value in row)] for name, row in zip(names, rows)]))
+    titles = {"ratio": "squared error / variance", "error": "calibration error", "correlation": "correlation of logs"}
+    rows = [{title: b[key] for key, title in titles.items()} for b in [*measured, everything]]
+    print(markdown("timesteps", dict(zip(names, rows))))
 
     shade, centres = report.pyplot().get_cmap("viridis"), [(band + 0.5) * width for band in range(BANDS)]
-    ends = [f(b["bins_predicted"][k] for b in measured) for f, k in ((min, 0), (max, -1))]
+    ends = [min(b["bins_predicted"][0] for b in measured), max(b["bins_predicted"][-1] for b in measured)]
     series = {"equal": Series(ends, ends, GREY, "--")}
     for band in reversed(range(BANDS)):
         label = f"t ≈ {centres[band]:.0f}" if band in (0, BANDS // 2, BANDS - 1) else f"_{band}"
-        sides = (measured[band][f"bins_{side}"] for side in ("predicted", "actual"))
-        series[label] = Series(*sides, shade(band / BANDS))
+        series[label] = Series(measured[band]["bins_predicted"], measured[band]["bins_actual"], shade(band / BANDS))
     ratio = {"": Series(centres, [b["ratio"] for b in measured], BLUE), "_": Series(centres, [1] * BANDS, GREY, "--")}
     off = {"": Series(centres, [b["error"] for b in measured], ORANGE)}
-    save_plot(out / "calibration.png", [
-        lines(f"{BINS} equal bins", "predicted variance", "squared error", series, "xy", columns=2),
-        lines("on the whole", "timestep", "squared error / variance", ratio),
-        lines("within the bins", "timestep", "mean |ratio − 1|", off),
-    ])  # fmt: skip
+    with plot(out / "calibration.png", 3) as (left, middle, right):
+        lines(left, f"{BINS} equal bins", "predicted variance", "squared error", series, "xy", columns=2)
+        lines(middle, "on the whole", "timestep", "squared error / variance", ratio)
+        lines(right, "within the bins", "timestep", "mean |ratio − 1|", off)
     return {"all": everything, "bands": measured}
 
 
 def part_errors(out: Path, error: np.ndarray, scores: dict[str, np.ndarray]) -> dict:
     """The error of the most certain pixels, by the confidence, by two filters, and by the errors themselves."""
-    orders = {"oracle": error} | {name: scores[name] for name in ORDERS}
-    curves = {name: sparsification(error, order) for name, order in orders.items()}
+    curves = {"oracle": sparsification(error, error)}
+    curves |= {name: sparsification(error, scores[name]) for name in ORDERS}
     curves["random"] = np.full(100, curves["oracle"][-1])
     areas = {name: ause(curve, curves["oracle"]) for name, curve in curves.items()}
-    kept = (100, 90, 75, 50, 25)
-    rows = [[n, *(f"{-20 * np.log10(c[k - 1]):.2f}" for k in kept), f"{areas[n]:.3f}"] for n, c in curves.items()]
-    print(markdown(["order of pixels", *(f"PSNR, best {k} %" for k in kept), "AUSE"], rows))
+    rows = {}
+    for name, curve in curves.items():
+        rows[name] = {f"PSNR, best {k} %": -20 * np.log10(curve[k - 1]) for k in (100, 90, 75, 50, 25)}
+        rows[name]["AUSE"] = areas[name]
+    print(markdown("order of pixels", rows))
 
-    looks = zip(curves, (GREEN, BLUE, ORANGE, PURPLE, GREY))
-    percent, style = list(range(1, 101)), {"random": "--"}
-    series = {
-        f"{name} ({areas[name]:.2f})": Series(percent, 255 * curves[name], colour, style.get(name, "-"))
-        for name, colour in looks
-    }
-    x, y = "pixels kept, the most certain first, %", "RMSE (0..255)"
-    save_plot(out / "error.png", [lines("in brackets: AUSE", x, y, series, columns=3)], 3.2)
+    percent, series = list(range(1, 101)), {}
+    for (name, curve), colour in zip(curves.items(), (GREEN, BLUE, ORANGE, PURPLE, GREY)):
+        style = "--" if name == "random" else "-"
+        series[f"{name} ({areas[name]:.2f})"] = Series(percent, 255 * curve, colour, style)
+    with plot(out / "error.png", 1, 3.2) as (axes,):
+        x, y = "pixels kept, the most certain first, %", "RMSE (0..255)"
+        lines(axes, "in brackets: AUSE", x, y, series, columns=3)
     return {name: {"rmse": curve.tolist(), "ause": areas[name]} for name, curve in curves.items()}
 
 
@@ -360,17 +332,18 @@ def main(arguments: list[str] | None = None) -> int:
     masked = all(mask_path(pair, kind) for pair in test for kind in ("change", "class"))
     print("\n".join(describe(found)))
     print(f"{len(test)} of the held-out pairs, by {split}; {'with' if masked else 'no'} change masks\n")
-    colours = look_up_colours(train)
-    scores, error, change, objects, bands = measure(model, test, colours, masked, args)
+    _, colours = training_colours(train)
+    pixels, bands = measure(model, test, colours, masked, args)
 
     result = origin("confidence.py", arguments, args) | {"split": split, "pairs": len(test)}
     args.out.mkdir(parents=True, exist_ok=True)
-    shown = range(min(ROWS, len(test)))
+    error, shown = pixels.pop("error"), range(min(ROWS, len(test)))
     if masked:
-        result["detection"] = part_detection(args.out, scores, change, objects)
+        change, objects = pixels.pop("change"), pixels.pop("objects")
+        result["detection"] = part_detection(args.out, pixels, change, objects)
         shown = np.argsort([-np.count_nonzero(read_mask(pair, "change")) for pair in test], kind="stable")[:ROWS]
     result["calibration"] = part_calibration(args.out, bands, model.scheduler.num_train_timesteps)
-    result["error_curve"] = part_errors(args.out, error, scores)
+    result["error_curve"] = part_errors(args.out, error, pixels)
     write_json(args.out / "confidence.json", result)
     save_small(args.out / "examples.png", examples(model, test, shown, masked, args))
     print(f"everything is in {args.out}/")

@@ -31,7 +31,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +62,7 @@ from data import (
 from files import atomic, exclusive, write_json
 from images import confidence_picture, grid, read_eo, save_image, to_uint8
 from metrics import frechet_distance, load_inception, load_lpips, psnr, scc, ssim, what_is_missing
+from report import markdown
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
 from yardsticks import FITTED_ON, fit_colours, land_cover_agreement, look_up
@@ -73,14 +74,13 @@ OF_MODELS = ("data", "model", "unet", "steps", "spacing", "seed", "size")  # opt
 
 
 class Work(NamedTuple):
-    """What is to be scored: of a model's translations, or of the images in a folder."""
+    """What is to be scored: a model's translations, or the images in a folder."""
 
     pairs: list[Pair]  # (SAR, EO), or (image, truth)
     made: list[Path]  # the image files that are scored; those of a model are written by `candidates`
     read: Callable[[int], tuple[Tensor, Tensor]]  # a pair's number -> its two images, each (3, H, W) in [-1, 1]
     candidates: Callable[[range, Tensor, Tensor], dict[str, Tensor]]  # numbers, both images -> by method; scored: last
     about: dict[str, str | dict]  # what the result depends on, beside the options
-    split: str  # in words
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -92,29 +92,33 @@ def chosen(pairs: list[Pair], args: argparse.Namespace) -> list[Pair]:
     return pairs[: args.limit] if args.protocol == "paper" else evenly(pairs, args.limit or len(pairs))
 
 
-def of_model(args: argparse.Namespace, device: str, out: Path) -> Work:
+def training_colours(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """`fit_colours` of training pairs, of which FITTED_ON are looked at."""
+    return fit_colours(read_pair(pair) for pair in evenly(pairs, FITTED_ON))
+
+
+def of_model(args: argparse.Namespace, out: Path) -> Work:
     """The held-out pairs of a dataset, translated; what is made is written below `out`."""
-    model = load_model(args.model, args.unet, "float32", device)
+    model = load_model(args.model, args.unet, "float32", args.device)
     found = find_pairs(args.data)
     train, test, split = held_out_pairs(found.pairs, args.model)
     test = chosen(test, args)
     print("\n".join([*describe(found), f"{len(test)} of the held-out pairs, by {split}"]))
-    cut = PairDataset(test, args.size, train=False) if args.size else None
-    mean, colours = fit_colours(read_pair(pair) for pair in evenly(train, FITTED_ON))
+    read = PairDataset(test, args.size, train=False).__getitem__ if args.size else lambda i: read_pair(test[i])
+    mean, colours = training_colours(train)
     names = list(by_name((pair.eo for pair in test), args.data))
-
-    def read(i: int) -> tuple[Tensor, Tensor]:
-        return cut[i] if cut else read_pair(test[i])
 
     @torch.inference_mode()
     def candidates(numbers: range, sar: Tensor, eo: Tensor) -> dict[str, Tensor]:
         """All methods' images; the model's are written to eo/ and confidence/ first."""
         made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
-        for j, i in enumerate(numbers):
-            save(out / "eo" / f"{names[i]}.png", made[j])
-            if confidence is not None:
-                save(out / "confidence" / f"{names[i]}.png", confidence_picture(confidence[j]))
-        decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit).to(device))).float().clamp(-1, 1)
+        pictures = {"eo": made, "confidence": [] if confidence is None else map(confidence_picture, confidence)}
+        for kind, images in pictures.items():
+            for i, image in zip(numbers, images):
+                path = out / kind / f"{names[i]}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_image(path, image)
+        decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit).to(args.device))).float().clamp(-1, 1)
         return {
             "mean image": mean[:, None, None].expand_as(eo),
             "colour look-up": look_up(colours, sar),
@@ -123,29 +127,40 @@ def of_model(args: argparse.Namespace, device: str, out: Path) -> Work:
         }
 
     weights = " ".join(network_digest(network)[:16] for network in (model.vae, model.unet))
-    about = {"weights": weights, "schedule": model.scheduler.config}
-    return Work(test, [out / "eo" / f"{name}.png" for name in names], read, candidates, about, split)
-
-
-def save(path: Path, image: Tensor | np.ndarray) -> None:
-    """Writes a picture, and makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(path, image)
+    about = {"split": split, "weights": weights, "schedule": model.scheduler.config}
+    return Work(test, [out / "eo" / f"{name}.png" for name in names], read, candidates, about)
 
 
 def of_folders(args: argparse.Namespace) -> Work:
     """The images in a folder, and what they should be."""
     pairs = chosen(pair_folders(args.images, args.truth), args)
-
-    def read(i: int) -> tuple[Tensor, Tensor]:
-        return read_pair(pairs[i], read_eo)
-
-    made = [pair.sar for pair in pairs]
-    return Work(pairs, made, read, lambda _, image, true: {"images": image}, {}, "all there are")
+    return Work(
+        pairs,
+        made=[pair.sar for pair in pairs],
+        read=lambda i: read_pair(pairs[i], read_eo),
+        candidates=lambda _numbers, image, _truth: {"images": image},
+        about={"split": "all there are"},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Scores
+
+
+def in_batches(
+    read: Callable[[int], tuple[Tensor, Tensor]], total: int, size: int, start: int = 0, bar: str | None = None
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """read(i), two images (3, H, W), for i from `start` to total - 1, `size` at a time: their numbers, and the batches
+    of both, (B, 3, H, W). bar: the title of a progress bar. ValueError: the images of a batch have several sizes.
+    """
+    with tqdm(total=total, initial=start, unit="image", desc=bar, disable=bar is None) as progress:
+        for first in range(start, total, size):
+            numbers = range(first, min(first + size, total))
+            both = list(zip(*map(read, numbers)))
+            if len({image.shape for side in both for image in side}) > 1:
+                raise ValueError("the images have several sizes: use --batch-size 1 (evaluate.py can also cut: --size)")
+            yield numbers, *map(torch.stack, both)
+            progress.update(len(numbers))
 
 
 def score(
@@ -186,24 +201,26 @@ def resume(file: Path, settings: dict, total: int, batch_size: int) -> list[dict
     return rows
 
 
-def stack(images: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
-    """[(A, B), ...] -> the batch of As and the batch of Bs. Raises ValueError if the images have several sizes."""
-    columns = list(zip(*images))
-    if len({image.shape for column in columns for image in column}) > 1:
-        raise ValueError(
-            "the images have several sizes: score them with --batch-size 1, or cut those of a dataset with --size"
-        )
-    return [torch.stack(column) for column in columns]
-
-
-def table(methods: dict[str, dict[str, float]]) -> str:
-    """The means, a line a method; "-" where a metric is not of a method."""
-    names = list(dict.fromkeys(name for row in methods.values() for name in row))
-    lines = [f"{'':16}" + "".join(f"{name:>12}" for name in names)]
-    for method, row in methods.items():
-        cells = (f"{row[name]:12.4f}" if name in row else f"{'-':>12}" for name in names)
-        lines.append(f"{method:16}" + "".join(cells))
-    return "\n".join(lines)
+def score_all(work: Work, args: argparse.Namespace, lpips: Callable | None, file: Path, settings: dict) -> list[dict]:
+    """{"file": the true image's, method: its scores ...} of each pair; a line each in `file`, where it goes on."""
+    rows, total = resume(file, settings, len(work.pairs), args.batch_size), len(work.pairs)
+    if rows:
+        print(f"{len(rows)} of {total} images are scored already")
+    with file.open("a", encoding="utf-8") as log:
+        for numbers, first, truth in in_batches(work.read, total, args.batch_size, len(rows), "scoring"):
+            pairs = [work.pairs[i] for i in numbers]
+            batch = [{"file": str(pair.eo)} for pair in pairs]
+            try:
+                for method, images in work.candidates(numbers, first, truth).items():
+                    for row, scores in zip(batch, score(images, truth, pairs, args.protocol, lpips)):
+                        row[method] = scores
+            except torch.OutOfMemoryError as error:
+                raise ValueError("out of memory: try a smaller --batch-size") from error
+            log.write("".join(json.dumps(row) + "\n" for row in batch))
+            log.flush()
+            os.fsync(log.fileno())
+            rows += batch
+    return rows
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -215,10 +232,13 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
 def fid(inception: Callable[[Tensor], np.ndarray], work: Work, batch_size: int) -> float:
     """FID of the image files that were made, as 8-bit pictures, whatever the protocol."""
     features = [], []
-    for start in tqdm(range(0, len(work.pairs), batch_size), unit="batch", desc="FID"):
-        numbers = range(start, min(start + batch_size, len(work.pairs)))
-        for kind, images in zip(features, stack((read_eo(work.made[i]), work.read(i)[1]) for i in numbers)):
-            kind.append(inception(images / 2 + 0.5))
+
+    def read(i: int) -> tuple[Tensor, Tensor]:
+        return read_eo(work.made[i]), work.read(i)[1]
+
+    for _, *images in in_batches(read, len(work.pairs), batch_size, bar="FID"):
+        for kind, batch in zip(features, images):
+            kind.append(inception(batch / 2 + 0.5))
     return frechet_distance(*map(np.concatenate, features))
 
 
@@ -227,17 +247,15 @@ def contact_sheet(work: Work, psnrs: list[float], out: Path) -> None:
     order = np.argsort([-value for value in psnrs], kind="stable")
     middle, rows = len(order) // 2, []
     for i in [*order[:3], *order[middle - 1 : middle + 2], *order[-3:]] if len(order) >= 9 else order:
-        first, truth = work.read(i)
-        row = {"EO": to_uint8(truth), "generated": to_uint8(read_eo(work.made[i]))}
-        if work.made[i].is_relative_to(out / "eo"):  # a model's
-            row = {"SAR": to_uint8(first)} | row
+        row = list(work.read(i))
+        if work.made[i] != work.pairs[i].sar:  # a model's
             confidence = out / "confidence" / work.made[i].relative_to(out / "eo")
-            if confidence.exists():
-                row["confidence"] = to_uint8(read_eo(confidence))
-        rows.append(row)
-    height, width = (min(row["EO"].shape[axis] for row in rows) for axis in (0, 1))
-    pictures = [[picture[:height, :width] for picture in row.values()] for row in rows]
-    save_image(out / "contact_sheet.png", grid(pictures, list(rows[0])))
+            row += [read_eo(path) for path in (work.made[i], confidence) if path.exists()]
+        rows.append([to_uint8(image) for image in row])
+    titles = ["SAR", "EO", "generated", "confidence"] if len(rows[0]) > 2 else ["generated", "EO"]
+    height, width = (min(row[0].shape[axis] for row in rows) for axis in (0, 1))
+    pictures = [[picture[:height, :width] for picture in row] for row in rows]
+    save_image(out / "contact_sheet.png", grid(pictures, titles[: len(rows[0])]))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -301,46 +319,27 @@ def optional(metric: str, load: Callable, device: str) -> Callable | None:
 def main(arguments: list[str] | None = None) -> int:
     """Scores; returns the exit code."""
     args = parse(arguments)
-    device, out = choose_device(args.device), args.out or default_out(args)
-    work = of_folders(args) if args.images else of_model(args, device, out)
-    lpips, inception = optional("lpips", load_lpips, device), optional("fid", load_inception, device)
+    args.device, out = choose_device(args.device), args.out or default_out(args)
+    work = of_folders(args) if args.images else of_model(args, out)
+    lpips, inception = optional("lpips", load_lpips, args.device), optional("fid", load_inception, args.device)
 
     stats = [path.stat() for pair in work.pairs for path in pair[:2]]
     files = seed_of(*work.pairs, *((stat.st_size, stat.st_mtime_ns) for stat in stats))
-    about = {"device": device, "metrics": [*METRICS] + ["lpips"] * bool(lpips), "split": work.split, "files": files}
-    settings = {key: value for key, value in vars(args).items() if key != "out"} | about | work.about
+    settings = {key: value for key, value in vars(args).items() if key != "out"} | work.about
+    settings |= {"metrics": [*METRICS] + ["lpips"] * bool(lpips), "files": files}
     settings = json.loads(json.dumps(settings, default=str))  # as they are read again
-    total, file = len(work.pairs), out / "scores.jsonl"
     with exclusive(out):
-        if rows := resume(file, settings, total, args.batch_size):
-            print(f"{len(rows)} of {total} images are scored already")
-        with file.open("a", encoding="utf-8") as log, tqdm(total=total, initial=len(rows), unit="image") as bar:
-            for start in range(len(rows), total, args.batch_size):
-                numbers = range(start, min(start + args.batch_size, total))
-                pairs = [work.pairs[i] for i in numbers]
-                first, truth = stack(map(work.read, numbers))
-                batch = [{"file": str(pair.eo)} for pair in pairs]
-                try:
-                    for method, images in work.candidates(numbers, first, truth).items():
-                        for row, scores in zip(batch, score(images, truth, pairs, args.protocol, lpips)):
-                            row[method] = scores
-                except torch.OutOfMemoryError as error:
-                    raise ValueError("out of memory: try a smaller --batch-size") from error
-                log.write("".join(json.dumps(row) + "\n" for row in batch))
-                log.flush()
-                os.fsync(log.fileno())
-                rows += batch
-                bar.update(len(batch))
-
+        rows = score_all(work, args, lpips, out / "scores.jsonl", settings)
         _, *methods = rows[0]
         scored = methods[-1]
         mean = {method: means([row[method] for row in rows]) for method in methods}
-        if inception and total > 1:
+        if inception and len(rows) > 1:
             mean[scored]["fid"] = fid(inception, work, args.batch_size)
         how = "x / 2 + 0.5" if args.protocol == "standard" else "clamp(x + 0.5, 0, 1), as the published numbers"
-        print(f"protocol {args.protocol}: {total} images, compared as {how}\n{table(mean)}")
+        print(f"protocol {args.protocol}: {len(rows)} images, compared as {how}")
+        print(markdown("", mean), end="")
         result = {"protocol": args.protocol, "mean": mean, "settings": settings, "date": str(date.today())}
-        result |= {"machine": f"{machine(device)}, {platform.platform()}", "torch": torch.__version__}
+        result |= {"machine": f"{machine(args.device)}, {platform.platform()}", "torch": torch.__version__}
         write_json(out / "metrics.json", result | {"images": [{"file": row["file"], **row[scored]} for row in rows]})
         contact_sheet(work, [row[scored]["psnr"] for row in rows], out)
     print(f"wrote {out}/metrics.json and contact_sheet.png (the three best, middle and worst by PSNR)")

@@ -8,9 +8,9 @@ import io
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,9 @@ def pyplot() -> Any:
     return pyplot
 
 
+Results = dict[str, dict[str, list[float]]]  # {row: {metric: a value for each seed, or one for all}}
+
+
 class Series(NamedTuple):
     """A line of a plot: at each x one value, or one for each seed."""
 
@@ -49,82 +52,68 @@ class Series(NamedTuple):
     style: str = "-"
 
 
-Drawing = Callable[[Any], None]  # draws into matplotlib's axes
+@contextmanager
+def plot(path: Path, panels: int, height: float = 2.7) -> Iterator[Sequence[Any]]:
+    """Gives matplotlib's axes, side by side, to draw into; then writes a PNG of 1400 pixels' width.
 
-
-def lines(title: str, x: str, y: str, series: dict[str, Series], log: str = "", columns: int = 1) -> Drawing:
-    """Means over the seeds, with the standard deviation as bars. log: which axes are logarithmic, e.g. "xy"; columns:
-    of the legend, below.
+    height: in inches, of 200 pixels.
     """
-
-    def draw(axes: Any) -> None:
-        for name, line in series.items():
-            values = np.array(line.values, dtype=np.float64).reshape(len(line.x), -1)
-            marker = "o" if line.style == "-" and len(line.x) <= 12 else ""
-            spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
-            axes.errorbar(line.x, values.mean(axis=1), spread, None, line.style + marker, color=line.colour,
-                          label=name, capsize=2, elinewidth=1)  # fmt: skip
-        axes.set(title=title, xlabel=x, ylabel=y)
-        if "x" in log:
-            axes.set_xscale("log")
-            if len(line.x) <= 12:
-                axes.set_xticks(line.x, [f"{tick:g}" for tick in line.x])
-                axes.minorticks_off()
-        if "y" in log:
-            axes.set_yscale("log")
-        if sum(not name.startswith("_") for name in series) > 1:
-            axes.legend(
-                loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=columns, columnspacing=1, handlelength=1.5
-            )
-
-    return draw
-
-
-def dots(
-    rows: dict[str, dict[str, list[float]]],
-    metrics: list[str],
-    titles: dict[str, str],
-    colours: dict[str, str],
-    mark: float | None = None,
-) -> list[Drawing]:
-    """A panel a metric: rows from top to bottom in their colours, a dot for each seed and a bar at the mean of several;
-    and a dashed line at `mark`, on axes that are then the same in all panels.
-    """
-
-    def draw(axes: Any, metric: str, first: bool) -> None:
-        for y, (name, row) in enumerate(rows.items()):
-            if metric in row:
-                several = len(row[metric]) > 1
-                alpha = 0.5 if several else 1
-                axes.plot(row[metric], [y] * len(row[metric]), "o", color=colours[name], alpha=alpha, mew=0)
-                if several:
-                    axes.plot(np.mean(row[metric]), y, "|", color=colours[name], ms=15, mew=2)
-        if mark is not None:
-            every = [mark, *(value for row in rows.values() for metric in metrics for value in row.get(metric, []))]
-            axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
-            axes.set_xlim(min(every) - 0.05, max(every) + 0.05)
-        axes.set(title=titles[metric], ylim=(len(rows) - 0.4, -0.6))
-        axes.set_yticks(range(len(rows)), rows if first else [""] * len(rows))
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color="#E5E5E5")
-        axes.set_axisbelow(True)
-        axes.locator_params(axis="x", nbins=4)
-        axes.margins(x=0.15)
-
-    return [partial(draw, metric=metric, first=metric == metrics[0]) for metric in metrics]
-
-
-def save_plot(path: Path, drawings: list[Drawing], height: float = 2.7) -> None:
-    """Writes panels, side by side, as a PNG of 1400 pixels' width; height in inches, of 200 pixels."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(drawings), figsize=(7, height), squeeze=False)
-    for draw, place in zip(drawings, axes[0]):
-        draw(place)
+    figure, axes = plt.subplots(1, panels, figsize=(7, height), squeeze=False)
+    yield axes[0]
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
     with Image.open(buffer) as image:
         save_small(path, np.asarray(image.convert("RGB")))
+
+
+def lines(axes: Any, title: str, x: str, y: str, series: dict[str, Series], log: str = "", columns: int = 1) -> None:
+    """Means over the seeds, with the standard deviation as bars. log: which axes are logarithmic, e.g. "xy"; columns:
+    of the legend, below.
+    """
+    for name, line in series.items():
+        values = np.array(line.values, dtype=np.float64).reshape(len(line.x), -1)
+        spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+        marker = "o" if line.style == "-" and len(line.x) <= 12 else ""
+        look = {"fmt": line.style + marker, "color": line.colour, "capsize": 2, "elinewidth": 1}
+        axes.errorbar(line.x, values.mean(axis=1), spread, label=name, **look)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    if "x" in log:
+        axes.set_xscale("log")
+        if len(line.x) <= 12:
+            axes.set_xticks(line.x, [f"{tick:g}" for tick in line.x])
+            axes.minorticks_off()
+    if "y" in log:
+        axes.set_yscale("log")
+    if sum(not name.startswith("_") for name in series) > 1:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=columns, columnspacing=1, handlelength=1.5)
+
+
+def dots(
+    panels: Sequence[Any], rows: Results, titles: dict[str, str], colours: dict[str, str], mark: float | None = None
+) -> None:
+    """A panel for each metric in `titles`: rows from top to bottom in their colours, a dot for each seed and a bar at
+    the mean of several; and a dashed line at `mark`, on axes that are then the same in all panels.
+    """
+    for axes, (metric, title) in zip(panels, titles.items()):
+        for y, (name, row) in enumerate(rows.items()):
+            values = row.get(metric, [])
+            several = len(values) > 1
+            axes.plot(values, [y] * len(values), "o", color=colours[name], alpha=0.5 if several else 1, mew=0)
+            if several:
+                axes.plot(np.mean(values), y, "|", color=colours[name], ms=15, mew=2)
+        if mark is not None:
+            every = [mark, *(value for row in rows.values() for metric in titles for value in row.get(metric, []))]
+            axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
+            axes.set_xlim(min(every) - 0.05, max(every) + 0.05)
+        axes.set(title=title, ylim=(len(rows) - 0.4, -0.6))
+        axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="#E5E5E5")
+        axes.set_axisbelow(True)
+        axes.locator_params(axis="x", nbins=4)
+        axes.margins(x=0.15)
 
 
 def save_small(path: Path, picture: np.ndarray) -> None:
@@ -156,10 +145,16 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up on a terminal too; all but the first are aligned to the right."""
-    table = [header, *rows]
-    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(header))]
-    lines = ["| " + " | ".join(f"{c:{'<>'[i > 0]}{widths[i]}}" for i, c in enumerate(row)) + " |" for row in table]
-    rule = "|" + "|".join("-" * (w + 1) + ("-:"[i > 0]) for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+def markdown(corner: str, rows: dict[str, dict[str, str | float | None]], columns: Iterable[str] = ()) -> str:
+    """A Markdown table of {row: {column: text or number}} whose columns line up on a terminal too; what a row lacks
+    stays empty. columns: their order, where it is not that in which the rows name them.
+    """
+    columns = list(columns) or list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = [[corner, *columns]]
+    for name, row in rows.items():
+        values = [row.get(column) for column in columns]
+        table.append([name, *(f"{x:.3f}" if isinstance(x, float) else x or "" for x in values)])
+    first, *others = (max(3, *map(len, column)) for column in zip(*table))
+    lines = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in table]
+    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]) + "\n"

@@ -4,10 +4,11 @@ name of an arm, seed -> start -> train (kept in a folder; goes on where it was s
 """
 
 import argparse
-import hashlib
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,20 +27,11 @@ from train import MEASURED_AT, dataset_name, objective
 from unet import UNet
 from weights import build, open_model
 
-SAMPLING = {"steps": 10, "spacing": "trailing"}  # of what is scored, as in train.py's validation
 BATCH = 16  # images at a time, where nothing is trained
-VALIDATIONS = 10  # of a training, on VALIDATED images each
-VALIDATED = 32
-CHANGES = {"unchanged": 0, "sar_only": 1, "eo_only": 2}  # in synth.py's masks
+VALIDATIONS, VALIDATED = 10, 32  # of a training, and the images of each
+CHANGES = {"rmse_unchanged": 0, "rmse_sar_only": 1, "rmse_eo_only": 2}  # in synth.py's masks
 
-
-class Study(NamedTuple):
-    """Which pairs are trained on and scored, cropped to args.size; `data` tells the dataset from others."""
-
-    args: argparse.Namespace
-    data: str
-    train: list[Pair]
-    held_out: list[Pair]
+Make = Callable[[Tensor, range], Tensor]  # SAR images (B, 3, H, W) and their numbers -> EO images, in [-1, 1]
 
 
 class Arm(NamedTuple):
@@ -57,6 +49,15 @@ ARMS = {
     "mse": Arm("L2, pretrained", GREEN, True, "mse"),
     "regression": Arm("direct regression (L1)", PURPLE, True, "l1"),
 }
+
+
+class Study(NamedTuple):
+    """Which pairs are trained on and scored, cropped to args.size; `data` tells the dataset from others."""
+
+    args: argparse.Namespace
+    data: str
+    train: list[Pair]
+    held_out: list[Pair]
 
 
 def open_study(args: argparse.Namespace) -> Study:
@@ -109,20 +110,19 @@ def regression_loss(model: CDiffSET) -> Callable[[nn.Module, list[Tensor], list[
     return loss
 
 
-def train(name: str, seed: int, study: Study) -> CDiffSET:
+def trained(name: str, seed: int, study: Study) -> CDiffSET:
     """The model of an arm, in evaluation mode: trained now, or read if that was done. Its folder is --runs/NAME-SEED.
 
     SystemExit if a signal stops it; ValueError if the folder holds a training with other settings.
     """
-    args, arm, folder = study.args, ARMS[name], study.args.runs / f"{name}-{seed}"
+    args, arm = study.args, ARMS[name]
     model = start(args.base, arm, seed).to(args.device)
     model.vae.requires_grad_(False)
-    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.unet.parameters()))
     about = {"data": study.data, "size": args.size, "arm": name}
-    about |= {"vae": network_digest(model.vae), "first weights": weights.hexdigest()}
+    about |= {"vae": network_digest(model.vae), "first weights": network_digest(model.unet)}
     settings = Settings(
-        folder, args.train_steps, args.batch_size, args.lr, dtype=args.dtype, seed=seed, resume=True, keep=1,
-        save_every=250, validate_every=max(1, args.train_steps // VALIDATIONS), about=about,
+        args.runs / f"{name}-{seed}", args.train_steps, args.batch_size, args.lr, dtype=args.dtype, seed=seed,
+        resume=True, keep=1, save_every=250, validate_every=max(1, args.train_steps // VALIDATIONS), about=about,
     )  # fmt: skip
     few = study._replace(held_out=study.held_out[:VALIDATED])
 
@@ -142,13 +142,11 @@ def train(name: str, seed: int, study: Study) -> CDiffSET:
 # Scores
 
 
-def batches(study: Study) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """The held-out pairs: their numbers, and SAR and EO images (B, 3, size, size) on the device."""
+def held_out(study: Study) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """The held-out pairs in batches: their numbers, and SAR and EO images (B, 3, size, size) on the device."""
     images = PairDataset(study.held_out, study.args.size, train=False)
-    for first in range(0, len(images), BATCH):
-        numbers = range(first, min(first + BATCH, len(images)))
-        sar, eo = (torch.stack(side).to(study.args.device) for side in zip(*(images[i] for i in numbers)))
-        yield numbers, sar, eo
+    for numbers, *batch in evaluate.in_batches(images.__getitem__, len(images), BATCH):
+        yield numbers, *(x.to(study.args.device) for x in batch)
 
 
 @torch.inference_mode()
@@ -157,7 +155,7 @@ def prediction_error(model: CDiffSET, name: str, study: Study) -> float:
     timesteps, with the same noise for all models; of a regression, the mean absolute error of the latent.
     """
     errors = []
-    for numbers, sar, eo in batches(study):
+    for numbers, sar, eo in held_out(study):
         with precision(study.args.device, study.args.dtype):
             z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
             if ARMS[name].loss == "l1":
@@ -168,49 +166,37 @@ def prediction_error(model: CDiffSET, name: str, study: Study) -> float:
     return float(torch.cat(errors).mean())
 
 
-def translating(model: CDiffSET, samples: int = 1) -> Callable[[Tensor, range], Tensor]:
-    """`score`'s make(): the mean of so many translations, each from its own noise."""
+@torch.inference_mode()
+def score(study: Study, make: Make) -> dict[str, float]:
+    """The mean metrics of what is made of the held-out pairs; and where there are change masks, the RMSE in levels of
+    0..255, over all pixels of each kind that occurs.
+    """
+    rows, squares, pixels = [], Counter(), Counter()
+    for numbers, sar, eo in held_out(study):
+        with precision(study.args.device, study.args.dtype):
+            made = make(sar, numbers).float().clamp(-1, 1).cpu()
+        eo, pairs = eo.cpu(), [study.held_out[i] for i in numbers]
+        rows += evaluate.score(made, eo, pairs)
+        for pair, error in zip(pairs, np.square(127.5 * (made - eo).numpy()).mean(axis=1)):
+            if mask_path(pair, "change"):
+                change = read_mask(pair, "change", study.args.size)
+                for name, kind in CHANGES.items():
+                    squares[name] += float(error[change == kind].sum())
+                    pixels[name] += np.count_nonzero(change == kind)
+    rmse = {name: math.sqrt(squares[name] / number) for name, number in pixels.items() if number}
+    return evaluate.means(rows) | rmse
+
+
+def translating(model: CDiffSET, steps: int = 10, spacing: str = "trailing", samples: int = 1, first: int = 0) -> Make:
+    """The mean of so many translations, each from its own noise, of the seeds from `first` on."""
 
     def make(sar: Tensor, numbers: range) -> Tensor:
-        made = [model.translate(sar, seed=[i * samples + k for i in numbers], **SAMPLING)[0] for k in range(samples)]
-        return torch.stack(made).mean(dim=0)
+        seeds = [[first + i * samples + k for i in numbers] for k in range(samples)]
+        return torch.stack([model.translate(sar, steps, seed, spacing)[0] for seed in seeds]).mean(dim=0)
 
     return make
 
 
-@torch.inference_mode()
-def score(study: Study, make: Callable[[Tensor, range], Tensor]) -> dict[str, float]:
-    """The scores of make(SAR images (B, 3, H, W), their numbers) -> EO images in [-1, 1], over the held-out pairs."""
-    rows = []
-    for numbers, sar, eo in batches(study):
-        with precision(study.args.device, study.args.dtype):
-            made = make(sar, numbers).float().clamp(-1, 1).cpu()
-        rows += score_images(made, eo.cpu(), [study.held_out[i] for i in numbers])
-    return summary(rows)
-
-
-def score_images(made: Tensor, truth: Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
-    """The metrics of each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries. Where there are masks, also the sum
-    of the squared errors (mean of the channels, in levels of 0..255) and the number of pixels of each kind of change.
-    """
-    rows: list[dict[str, Any]] = list(evaluate.score(made, truth, pairs))
-    for i, (row, pair) in enumerate(zip(rows, pairs)):
-        if mask_path(pair, "change"):
-            change = read_mask(pair, "change", made.shape[-1])
-            squares = np.square(127.5 * (made[i] - truth[i]).numpy()).mean(axis=0)
-            for name, kind in CHANGES.items():
-                row[f"rmse_{name}"] = float(squares[change == kind].sum()), int((change == kind).sum())
-    return rows
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the images; the RMSE is over all pixels of its kind, and left out where there are none."""
-    result = {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows], dtype=np.float64)
-        if values.ndim == 1:
-            result[name] = float(values.mean())
-        elif values[:, 1].any():
-            total, pixels = values.sum(axis=0)
-            result[name] = float(np.sqrt(total / pixels))
-    return result
+def painting(model: CDiffSET) -> Make:
+    """The regression's images."""
+    return lambda sar, _: model.decode(regress(model.unet, model, sar))

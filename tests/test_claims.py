@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,8 @@ import claims
 import report
 import study
 from cdiffset import CDiffSET
-from data import PairDataset, find_pairs
-from evaluate import METRICS
+from data import find_pairs, read_mask, read_pair
+from metrics import psnr
 from study import ARMS, start
 
 
@@ -74,23 +75,20 @@ def test_the_regression_learns_the_eo_latent_from_the_sar_latent(base):
 # Scores
 
 
-def test_the_error_is_told_apart_by_what_changed(dataset):
-    pairs = [pair for pair in find_pairs(dataset).pairs if study.read_mask(pair, "change").any()][:2]
-    truth = torch.stack([PairDataset(pairs, 64, train=False)[i][1] for i in (0, 1)])
-    change = torch.from_numpy(np.stack([study.read_mask(pair, "change") for pair in pairs]).astype(np.float32))
-    wrong = truth + torch.where(change == 0, 0.1, torch.where(change == 1, 0.2, 0.3))[:, None]  # of a range of 2
-    summary = study.summary(study.score_images(wrong, truth, pairs))
-    for name, value, error in (("unchanged", 0, 0.1), ("sar_only", 1, 0.2), ("eo_only", 2, 0.3)):
-        if (change == value).any():
-            assert summary[f"rmse_{name}"] == pytest.approx(127.5 * error, rel=1e-4)
+def test_the_error_is_told_apart_by_what_changed_over_the_pixels_of_all_images(dataset):
+    pairs = [pair for pair in find_pairs(dataset).pairs if read_mask(pair, "change").any()][:2]
+    truth = torch.stack([read_pair(pair)[1] for pair in pairs])
+    change = np.stack([read_mask(pair, "change") for pair in pairs])
+    error = np.choose(change, (0.1, 0.2, 0.3, 0.4)) * np.array([1, 1.5])[:, None, None]  # of a range of 2
+    wrong = truth - torch.from_numpy(error)[:, None] * torch.where(truth > 0, 1, -1)
+    args = Namespace(size=64, device="cpu", dtype="float32")
+    scores = study.score(study.Study(args, "", [], pairs), lambda _, numbers: wrong[list(numbers)])
+    for name, kind in study.CHANGES.items():
+        if (change == kind).any():
+            assert scores[name] == pytest.approx(127.5 * np.sqrt(np.square(error[change == kind]).mean()), rel=1e-4)
         else:
-            assert f"rmse_{name}" not in summary
-    assert summary["psnr"] == pytest.approx(float(METRICS["psnr"](wrong / 2 + 0.5, truth / 2 + 0.5).mean()))
-
-
-def test_a_root_of_squares_is_taken_over_all_pixels_and_not_image_by_image():
-    rows = [{"rmse_eo_only": (100.0, 1), "psnr": 10.0}, {"rmse_eo_only": (0.0, 3), "psnr": 20.0}]
-    assert study.summary(rows) == {"rmse_eo_only": 5.0, "psnr": 15.0}
+            assert name not in scores
+    assert scores["psnr"] == pytest.approx(float(psnr(wrong / 2 + 0.5, truth / 2 + 0.5).mean()), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -184,3 +182,11 @@ def test_where_there_is_no_git_there_is_no_commit(monkeypatch):
 def test_one_value_has_no_spread():
     assert claims.cell([12.375]) == "12.38"
     assert claims.cell([0.1, 0.3]) == "0.200 ± 0.141"
+
+
+def test_the_scores_of_several_seeds_stand_in_one_row():
+    results = {}
+    for value in (1.0, 2.0):
+        claims.collect(results, "it", {"psnr": value, "ssim": value / 10})
+    claims.collect(results, "it", {"scc": 0.5})
+    assert results == {"it": {"psnr": [1, 2], "ssim": [0.1, 0.2], "scc": [0.5]}}

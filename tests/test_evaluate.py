@@ -77,7 +77,7 @@ def test_the_command_scores_the_held_out_pairs_and_writes_what_it_printed(datase
     mean = np.mean([image["psnr"] for image in result["images"]])
     assert result["mean"]["model"]["psnr"] == pytest.approx(mean)
     printed = capsys.readouterr().out
-    assert f"{mean:.4f}" in printed and "protocol standard" in printed
+    assert f"{mean:.3f}" in printed and "protocol standard" in printed
     assert {"settings", "protocol", "date", "machine", "torch"} <= set(result)
     made = [tmp_path / "eo" / pair.eo.relative_to(dataset) for pair in held_out]
     scores = [psnr(read_eo(png)[None] / 2 + 0.5, read_eo(pair.eo)[None] / 2 + 0.5) for png, pair in zip(made, held_out)]
