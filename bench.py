@@ -240,9 +240,10 @@ def measure(prepare: Callable[[Namespace], Run], args: Namespace, compiled: bool
     for _ in range(args.runs):
         finish()
         began = time.perf_counter()
-        run()
+        made = run()
         finish()
         seconds.append(time.perf_counter() - began)
+        del made  # a model takes some time to go, too
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu(args):
         peak = torch.cuda.max_memory_allocated()

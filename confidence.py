@@ -39,10 +39,11 @@ from images import confidence_picture, grid, to_uint8
 from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, plot, save_small
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
+from world import ROOF, SHIP
 from yardsticks import local_mean, look_up
 
 KINDS = {"only in SAR": 1, "only in EO": 2}  # values of synth.py's change masks
-OBJECTS = (synth.ROOF, synth.SHIP)  # of its class masks
+OBJECTS = (ROOF, SHIP)  # of its class masks
 UNCERTAINTY = "1 / confidence"
 FILTERS = ("SAR mean", "SAR deviation", "gradient of generated", "gradient of EO", "EO - colour look-up")
 ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the least certain pixels are dropped

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import synth
+from world import AMBIGUOUS, COLOURS
 
 LEVELS = 64  # of the colour look-up
 FITTED_ON = 400  # training pairs that are looked at to fit it
@@ -47,6 +47,6 @@ def land_cover_agreement(eo: np.ndarray, classes: np.ndarray) -> float:
 
     eo uint8 (H, W, 3), classes uint8 (H, W), synth.py's class map.
     """
-    distance = np.square(eo[:, :, None].astype(np.float32) - synth.COLOURS).sum(axis=-1)
-    known = ~np.isin(classes, synth.AMBIGUOUS)
+    distance = np.square(eo[:, :, None].astype(np.float32) - COLOURS).sum(axis=-1)
+    known = ~np.isin(classes, AMBIGUOUS)
     return float((distance.argmin(axis=-1) == classes)[known].mean())

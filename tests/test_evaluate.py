@@ -24,6 +24,7 @@ from metrics import frechet_distance, psnr
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from sample import DEFAULT_SPACING, DEFAULT_STEPS
 from scheduler import DDPMScheduler
+from world import COLOURS
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_the_look_up_recovers_colours_that_the_sar_level_determines():
 
 def test_land_cover_of_the_pure_class_colours_agrees_wholly_and_of_black_hardly():
     scene = synth.draw(seed=3, size=64)
-    pure = synth.COLOURS[scene.classes].round().astype(np.uint8)
+    pure = COLOURS[scene.classes].round().astype(np.uint8)
     assert evaluate.land_cover_agreement(pure, scene.classes) == 1
     assert evaluate.land_cover_agreement(np.zeros_like(pure), scene.classes) < 0.7
 

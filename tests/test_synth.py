@@ -8,6 +8,7 @@ from PIL import Image
 
 import cli
 import synth
+from world import AMBIGUOUS, COLOURS, MAIZE, MEADOW, RAPESEED, ROOF, SHIP, SOIL, WATER, WHEAT, Objects, blur, plan
 
 
 def files(folder):
@@ -22,7 +23,7 @@ def without_changes(world):
     """The world in which the objects that one image lacks never were."""
     coin, half = world.objects.coin, synth.CHANGED / 2
     always = (coin >= half) & (coin < 1 - half)
-    return world._replace(objects=synth.Objects(*(column[always] for column in world.objects)))
+    return world._replace(objects=Objects(*(column[always] for column in world.objects)))
 
 
 def test_a_scene_follows_from_its_arguments_alone():
@@ -57,7 +58,7 @@ def test_shapes_and_types(size):
 def test_outside_the_masks_both_images_are_as_if_nothing_had_changed():
     changed = 0
     for number in range(12):
-        world = synth.plan(5, number, 0, 128)
+        world = plan(5, number, 0, 128)
         scene, calm = (synth.render(w, np.random.default_rng(number), looks=4) for w in (world, without_changes(world)))
         sar_same, eo_same = (scene.change & side == 0 for side in (1, 2))
         assert np.array_equal(scene.sar[sar_same], calm.sar[sar_same])
@@ -68,7 +69,7 @@ def test_outside_the_masks_both_images_are_as_if_nothing_had_changed():
 
 
 def test_objects_of_one_image_leave_no_trace_in_the_other():
-    world = next(w for w in (synth.plan(5, n, 0, 192) for n in range(50)) if len(w.objects.coin) > 20)
+    world = next(w for w in (plan(5, n, 0, 192) for n in range(50)) if len(w.objects.coin) > 20)
 
     def shown(coin):
         objects = world.objects._replace(coin=np.full(len(world.objects.coin), coin))
@@ -76,14 +77,14 @@ def test_objects_of_one_image_leave_no_trace_in_the_other():
 
     both, sar_only, eo_only = shown(0.5), shown(0.0), shown(1.0)
     assert np.array_equal(both.sar, sar_only.sar) and np.array_equal(both.eo, eo_only.eo)
-    objects = [synth.ROOF, synth.SHIP]
+    objects = [ROOF, SHIP]
     assert np.isin(both.classes, objects).any() and not np.isin(sar_only.classes, objects).any()
     assert set(np.unique(sar_only.change)) == {0, 1} and set(np.unique(eo_only.change)) == {0, 2}
     assert np.isin(eo_only.classes, objects)[eo_only.change == 0].sum() == 0
 
 
 def test_about_the_stated_share_of_objects_changes():
-    coins = np.concatenate([synth.plan(0, n, 0, 256).objects.coin for n in range(30)])
+    coins = np.concatenate([plan(0, n, 0, 256).objects.coin for n in range(30)])
     low, high = (coins < synth.CHANGED / 2).mean(), (coins >= 1 - synth.CHANGED / 2).mean()
     assert len(coins) > 500
     assert abs(low - synth.CHANGED / 2) < 0.03 and abs(high - synth.CHANGED / 2) < 0.03
@@ -92,14 +93,14 @@ def test_about_the_stated_share_of_objects_changes():
 def test_ships_lie_on_water_and_houses_do_not():
     ships = 0
     for number in range(20):
-        world = synth.plan(5, number, 0, 160)
+        world = plan(5, number, 0, 160)
         everything = synth.draw_objects(
             world.objects, np.ones(len(world.objects.coin), bool), np.zeros((160, 160), np.int32)
         )
         kind = synth.by_number(world.objects.kind, everything)
-        assert (world.classes[kind == synth.SHIP] == synth.WATER).all()
-        assert (world.classes[kind == synth.ROOF] == synth.WATER).mean() < 0.01 if (kind == synth.ROOF).any() else True
-        ships += (world.objects.kind == synth.SHIP).sum()
+        assert (world.classes[kind == SHIP] == WATER).all()
+        assert (world.classes[kind == ROOF] == WATER).mean() < 0.01 if (kind == ROOF).any() else True
+        ships += (world.objects.kind == SHIP).sum()
     assert ships > 10
 
 
@@ -117,7 +118,7 @@ def test_calm_water_in_the_image_has_the_looks_that_were_asked_for():
     for scene in country(20, looks=8):
         power = 10 ** ((scene.sar / 255.0 * (high - low) + low) / 10)
         boxes = power[:125, :125].reshape(25, 5, 25, 5).swapaxes(1, 2).reshape(-1, 25)
-        calm = synth.blur((scene.classes != synth.WATER) | (scene.change & 1), 8) == 0  # away from echoes of ships
+        calm = blur((scene.classes != WATER) | (scene.change & 1), 8) == 0  # away from echoes of ships
         calm = calm[:125, :125].reshape(25, 5, 25, 5).swapaxes(1, 2).reshape(-1, 25).all(1)
         found += list(boxes[calm].var(1, ddof=1) / boxes[calm].mean(1) ** 2)
     assert len(found) > 300
@@ -127,7 +128,7 @@ def test_calm_water_in_the_image_has_the_looks_that_were_asked_for():
 def test_the_radar_sees_the_kinds_of_land_as_dark_and_bright_as_stated():
     scenes = country(24)
     sar, classes = np.stack([s.sar for s in scenes]), np.stack([s.classes for s in scenes])
-    order = [synth.WATER, synth.SOIL, synth.MEADOW, synth.WHEAT, synth.RAPESEED, synth.MAIZE]
+    order = [WATER, SOIL, MEADOW, WHEAT, RAPESEED, MAIZE]
     levels = [sar[classes == kind].mean() for kind in order]
     assert all(brighter - darker > 12 for darker, brighter in zip(levels, levels[1:], strict=False))
 
@@ -135,8 +136,8 @@ def test_the_radar_sees_the_kinds_of_land_as_dark_and_bright_as_stated():
 def test_land_cover_can_be_read_back_from_the_colours_of_the_eo_image():
     scenes = country(24)
     eo, classes = np.stack([s.eo for s in scenes]), np.stack([s.classes for s in scenes])
-    distance = [((eo - colour) ** 2).sum(-1) for colour in synth.COLOURS]
-    clear = ~np.isin(classes, synth.AMBIGUOUS)
+    distance = [((eo - colour) ** 2).sum(-1) for colour in COLOURS]
+    clear = ~np.isin(classes, AMBIGUOUS)
     assert (np.argmin(distance, 0) == classes)[clear].mean() > 0.93
 
 
@@ -153,7 +154,7 @@ def test_the_files_are_laid_out_as_in_sen12(tmp_path):
     assert [picture.mode for picture in pictures.values()] == ["L", "RGB", "P", "P"]
     assert np.array_equal(pictures["s1"], scene.sar) and np.array_equal(pictures["s2"], scene.eo)
     assert np.array_equal(pictures["change"], scene.change) and np.array_equal(pictures["class"], scene.classes)
-    assert json.loads(written["synth.json"])["class"][synth.SHIP] == "ship"
+    assert json.loads(written["synth.json"])["class"][SHIP] == "ship"
 
 
 def test_the_number_of_workers_does_not_matter(tmp_path):
