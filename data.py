@@ -361,7 +361,7 @@ class PairDataset(torch.utils.data.Dataset):
 def batches(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
     """The positions of the global batches of steps start..stop - 1, of which every rank takes its slice.
 
-    For DataLoader(PairDataset(...), batch_sampler=batches(...)). ValueError: the ranks cannot share a batch.
+    ValueError: the ranks cannot share a batch.
     """
     if batch_size < 1 or batch_size % world:
         raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world} process(es)")

@@ -189,7 +189,10 @@ def resume(file: Path, settings: dict, total: int, batch_size: int) -> list[dict
     """
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by a crash
-    old, rows = json.loads(lines[0]) if lines else {}, [json.loads(line) for line in lines[1:]]
+    try:
+        old, rows = json.loads(lines[0]) if lines else {}, [json.loads(line) for line in lines[1:]]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, or give another --out") from error
     if rows and old != settings:
         changed = [f"{key} {old.get(key)}, not {value}" for key, value in settings.items() if old.get(key) != value]
         advice = f"give another --out, or delete {file.parent}"

@@ -8,7 +8,7 @@ How a file's numbers become [-1, 1]:
     8-bit, 16-bit      0..255 and 0..65535, linearly
     SAR, float, dB     co-polarised -25..0 dB, cross-polarised -32.5..0 dB, clipped: the range usual for these
                        data since DSen2-CR (Meraner et al. 2020)
-    SAR, float, linear 1st..99th percentile of each band of the image, clipped (PAPER.md, SpaceNet6)
+    SAR, float, linear 1st..99th percentile of each band of the image, clipped (as the released code does for SpaceNet6)
     EO, 12 or 13 bands Sentinel-2 reflectance * 10000: bands 4, 3, 2 and 0..3000, clipped (0.3 is white,
                        the usual true-colour picture; clouds saturate)
 
@@ -49,7 +49,7 @@ logging.getLogger("rasterio").addHandler(logging.NullHandler())
 CO, CROSS = (-25.0, 0.0), (-32.5, 0.0)  # dB
 DB_RANGES = {1: (CO,), 2: (CO, CROSS), 3: (CO, CROSS, CO), 4: (CO, CROSS, CROSS, CO)}  # by number of bands
 SENTINEL2_WHITE = 3000  # reflectance 0.3
-MIN_RANGE = 2.0**-10  # between -1 and 1, so that a constant image does not divide by zero (PAPER.md)
+MIN_RANGE = 2.0**-10  # between -1 and 1, so that a constant image does not divide by zero
 
 # ----------------------------------------------------------------------------------------------------------
 # Reading

@@ -1,4 +1,4 @@
-"""The three layers that the VAE and the U-Net share: residual block, downsampling, upsampling.
+"""The layers that the networks share: residual block, downsampling, upsampling; and attention.
 
 Parameter names are those of the diffusers files (`diffusers/models/resnet.py`, `downsampling.py`,
 `upsampling.py`), so that public Stable Diffusion weights load with `strict=True`.

@@ -1,4 +1,4 @@
-"""The training loop: any network, any loss; never loses work.
+"""The training loop: any network, any loss; Ctrl-C costs nothing, a crash the steps since the last checkpoint.
 
     for each step:  batch -> loss -> gradients -> clipped AdamW step -> moving average -> log.csv
     now and then:   checkpoint -> everything that resuming needs;  validate -> keep the best
@@ -113,7 +113,7 @@ def fit(
             value = add_gradients(parallel, loss, islice(parts, n), settings)
             norm = nn.utils.clip_grad_norm_(state.parameters.values(), settings.clip)
 
-            # the same numbers in all processes, so that they stop together; one transfer from the device a step
+            # means over the processes, so that all stop if one got a signal; one transfer from the device a step
             facts = torch.stack([value, norm, torch.full_like(norm, len(caught))]) / processes()
             if processes() > 1:
                 dist.all_reduce(facts)
@@ -134,7 +134,9 @@ def fit(
                 bar.update()
                 if due(settings.save_every) or stop:
                     state.save()
-    return 128 + (caught[0] if caught else signal.SIGTERM) if stop else 0
+    if not stop:
+        return 0
+    return 128 + (caught[0] if caught else signal.SIGTERM)  # none was caught here: another process got one
 
 
 def add_gradients(network: nn.Module, loss: Loss, batch: Iterator[Part], settings: Settings) -> Tensor:

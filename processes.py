@@ -1,4 +1,4 @@
-"""The processes of a training: those that torchrun starts, those that read images, and the signals all may get."""
+"""The processes that work together: those that torchrun starts, those that read images, and the signals all may get."""
 
 import os
 import signal

@@ -37,9 +37,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
-from cli import DEVICE, Parser, choose_device, one_line, out_of_memory, positive, run, seed_number
+from cli import DEVICE, Parser, one_line, out_of_memory, positive, run, seed_number
 from data import SUFFIXES, walk_files
 from images import to_uint8
+from processes import end_processes, processes, rank, start_processes
 from scene import batches, check_tile, count_tiles, latent_size, translate_scene
 from scene_files import Source, contact_sheet, write_geotiffs, write_pictures
 from scheduler import SPACINGS
@@ -78,10 +79,10 @@ def find_images(arguments: list[Path], out: Path | None) -> dict[Path, Path]:
     return stems
 
 
-def share(stems: dict[Path, Path], rank: int, world: int) -> dict[Path, Path]:
+def share(stems: dict[Path, Path], number: int, world: int) -> dict[Path, Path]:
     """What one of several processes translates. Images that ask for the same results stay together."""
     real = {path: os.path.realpath(stem) for path, stem in stems.items()}
-    mine = set(list(dict.fromkeys(real.values()))[rank::world])
+    mine = set(list(dict.fromkeys(real.values()))[number::world])
     return {path: stem for path, stem in stems.items() if real[path] in mine}
 
 
@@ -298,20 +299,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Translates; returns the exit code: 0 all done, 2 some files failed."""
     args = parse(arguments)
     os.environ.setdefault("GDAL_CACHEMAX", "32")  # MB; GDAL would take a twentieth of the machine's memory
-    rank, world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
+    device = start_processes(args.device)
     stems = find_images(args.sar, args.out)
     inputs = set(map(os.path.realpath, stems))
     check_paths(args, inputs)
-    device = choose_device(args.device)
-    if world > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
     model = load_model(args.model or TINY, args.unet, args.dtype, device)
     check(args, model)
     if args.compile:
         compile_unet(model)
     has_confidence = model.unet.config["out_channels"] > model.vae.config["latent_channels"]
     kinds = ["eo"] + ["confidence"] * has_confidence + ["spread"] * (args.samples > 1)
-    if rank == 0:
+    first = rank() == 0
+    if first:
         if not args.model:
             print("using models/tiny, a demonstration model trained on synthetic scenes: not for real work")
         if not has_confidence:
@@ -326,9 +325,9 @@ def main(arguments: list[str] | None = None) -> int:
         errors.append(text if name in text else f"{name}: {text}")
         bar.write(f"error: {errors[-1]}", file=sys.stderr)
 
-    stems, done, errors = share(stems, rank, world), {}, []
+    stems, done, errors = share(stems, rank(), processes()), {}, []
     total = len(stems) * args.samples * args.steps
-    with tqdm(total=total, unit="step", disable=None if rank == 0 else True) as bar:
+    with tqdm(total=total, unit="step", disable=None if first else True) as bar:
         jobs = open_images(stems, inputs, kinds, args, fail)
         for (source, paths), parts in translate_all(model, jobs, args, bar, fail):
             try:
@@ -338,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 done[source.path] = paths
             source.close()
-    if args.contact_sheet and done and rank == 0:
+    if args.contact_sheet and done and first:
         rows = [{"SAR": path} | paths for path, paths in islice(done.items(), SHEET_ROWS)]
         contact_sheet(args.contact_sheet, rows, args.scale, args.stretch, describe(args))
     if len(done) == 1:
@@ -347,6 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"translated {len(done)} images; results {f'in {str(args.out)!r}' if args.out else 'beside them'}")
     if errors:
         print(f"{len(errors)} of {len(done) + len(errors)} failed, see above", file=sys.stderr)
+    end_processes()
     return 2 if errors else 0
 
 

@@ -219,7 +219,9 @@ def write_dataset(out: Path, pairs: int, size: int = 256, seed: int = 0, looks: 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and is not an empty folder; remove it or name another one")
     out.mkdir(parents=True, exist_ok=True)
-    per_scene = min(max(pairs // 10, 1), 20)  # ten scenes at least, so that they can be split by scene
+    per_scene = min(
+        max(pairs // 10, 1), 20
+    )  # ten scenes or more, if there are as many pairs, so that they can be split
     write = partial(write_pair, out=out, per_scene=per_scene, seed=seed, size=size, looks=looks)
     # Ctrl-C is for this process, which then ends its workers.
     with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:

@@ -283,9 +283,9 @@ class UNet(nn.Module):
     def keeping(self, context: Tensor) -> Iterator[None]:
         """Within it, the U-Net attends to this context, whose keys and values are computed once, here."""
         attentions = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
-        for attention in attentions:
-            attention.kept = attention.keys_and_values(context)
         try:
+            for attention in attentions:
+                attention.kept = attention.keys_and_values(context)
             yield
         finally:
             for attention in attentions:

@@ -417,17 +417,18 @@ def test_numbers_that_are_not_finite_are_never_written():
 # Processes
 
 
-def test_ranks_share_the_files(run, tmp_path, monkeypatch):
-    for i in range(5):
+def test_processes_share_the_files_and_end_together_though_one_file_is_damaged(
+    run, model_path, tmp_path
+):
+    for i in range(1, 6, 2):
         save(tmp_path / "in" / f"{i}.png", seed=i)
     run("in", "--out", "alone")
-    done = []
-    for rank in range(2):
-        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
-            monkeypatch.setenv(name, str(value))
-        assert run("in", "--out", f"rank{rank}")[0] == 0
-        done.append(names(tmp_path / f"rank{rank}"))
-    assert done[0] | done[1] == names(tmp_path / "alone") and not done[0] & done[1]
+    (tmp_path / "in" / "0.png").write_bytes(b"damaged")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPO / "sample.py")]
+    arguments = ["in", "--out", "shared", "--model", str(model_path), "--device", "cpu"]
+    done = subprocess.run([sys.executable, *launcher, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and done.stderr.count("'in/0.png' cannot be read") == 1
+    assert names(tmp_path / "shared") == names(tmp_path / "alone")
 
 
 def test_images_that_ask_for_the_same_results_stay_together():
