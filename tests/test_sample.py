@@ -417,9 +417,7 @@ def test_numbers_that_are_not_finite_are_never_written():
 # Processes
 
 
-def test_processes_share_the_files_and_end_together_though_one_file_is_damaged(
-    run, model_path, tmp_path
-):
+def test_processes_share_the_files_and_end_together_though_one_file_is_damaged(run, model_path, tmp_path):
     for i in range(1, 6, 2):
         save(tmp_path / "in" / f"{i}.png", seed=i)
     run("in", "--out", "alone")
