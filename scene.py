@@ -10,8 +10,8 @@ averaged with smooth weights before the step (Bar-Tal et al., "MultiDiffusion", 
 throughout, and neighbours agree. Encoding and decoding are blended alike, as the VAE's norms look at a whole tile.
 
 Latents lie in temporary files without names (`OnDisk`), and all stages go through the scene tile by tile (`blend`).
-So memory depends on the tile, and little on the scene: what a row of tiles shares with the next is kept, and the
-noise, a quarter of a byte for each pixel, is drawn at once.
+So memory depends on the tile, little on the scene's width (what a row of tiles shares with the next is kept) and not
+on its height.
 """
 
 import math
@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdiffset import CDiffSET, denoise, initial_noise, pad_to_multiple, variance
+from cdiffset import CDiffSET, denoise, pad_to_multiple, variance
 from scheduler import DDIMScheduler
 
+NOISE_CHUNK = 2**20  # numbers drawn at a time
 MARGIN = 4  # latent rows that bicubic resizing must see beyond a window: its kernel reaches 2
 Job = tuple[int, slice, slice]  # of a sample, a tile: rows, columns
 
@@ -103,8 +104,8 @@ def translate_scene(
         for rows, columns, z in blended(encode):
             z_sar.write(0, rows, columns, z[0])
             progress(1)
-        for n, seed in enumerate(seeds):
-            z_t.write(n, slice(0, h), slice(0, w), initial_noise(seed, (channels, h, w))[0])
+        for seed in seeds:
+            z_t.append_noise(seed)
         has_confidence = False
         for i, t in enumerate(scheduler.timesteps.tolist()):
             for rows, columns, outputs in blended(partial(predict, t, i == steps // 2), samples):
@@ -243,6 +244,17 @@ class OnDisk:
         """values (channels, rows, columns)"""
         for line in self._lines(sample, rows, columns, values.cpu()):
             self.file.write(line.tobytes())
+
+    def append_noise(self, seed: int) -> None:
+        """Writes one more sample: the numbers of `initial_noise(seed, (channels, height, width))`.
+
+        They are drawn in chunks, which is the same: torch draws in blocks of 16 (the tests watch over it).
+        """
+        generator, left = torch.Generator("cpu").manual_seed(seed), math.prod(self.shape)
+        while left:
+            count = NOISE_CHUNK if left >= 2 * NOISE_CHUNK else left  # none shorter than a block
+            self.file.write(torch.randn(count, generator=generator).numpy().tobytes())
+            left -= count
 
     def _lines(self, sample: int, rows: slice, columns: slice, values: Tensor) -> Iterator[np.ndarray]:
         """The lines of `values`, each with the file at its place."""

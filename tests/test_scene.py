@@ -10,7 +10,7 @@ from PIL import Image
 
 import scene
 import scene_files
-from cdiffset import CDiffSET, add_variance_channel, widen_input
+from cdiffset import CDiffSET, add_variance_channel, initial_noise, widen_input
 from images import ImageError, read_sar
 from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
@@ -201,6 +201,17 @@ def test_numbers_come_back_as_they_were_written(tmp_path):
         for n in (0, 1):
             for rows, columns in ((slice(0, 20), slice(0, 7)), (slice(4, 9), slice(0, 7)), (slice(7, 8), slice(2, 6))):
                 assert torch.equal(file.read(n, rows, columns), values[n, :, rows, columns])
+
+
+@pytest.mark.parametrize("height, width", [(33, 29), (64, 64), (61, 3)])
+def test_noise_drawn_in_chunks_is_the_noise_of_the_contract(height, width, tmp_path, monkeypatch):
+    monkeypatch.setattr(scene, "NOISE_CHUNK", 256)
+    with closing(scene.OnDisk(tmp_path, 4, height, width)) as noise:
+        for seed in (7, 8):
+            noise.append_noise(seed)
+        for sample, seed in enumerate((7, 8)):
+            expected = initial_noise(seed, (4, height, width))[0]
+            assert torch.equal(noise.read(sample, slice(0, height), slice(0, width)), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
