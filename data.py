@@ -114,10 +114,7 @@ def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
 
     ValueError: no images, or some without a partner.
     """
-    made, true = (
-        by_name((Path(root, name) for name in walk_files(root) if name.lower().endswith(SUFFIXES)), root)
-        for root in (images, truth)
-    )
+    made, true = (by_name((Path(root, name) for name in walk_images(root)), root) for root in (images, truth))
     if not made and not true:
         raise ValueError(f"neither {str(images)!r} nor {str(truth)!r} holds PNG, JPEG or TIFF images")
     if alone := [(made | true)[name] for name in sorted(made.keys() ^ true.keys())]:
@@ -134,6 +131,11 @@ def by_name(paths: Iterable[Path], root: str | Path) -> dict[str, Path]:
             raise ValueError(f"{str(found[name])!r} and {str(path)!r} differ only in their endings: rename one of them")
         found[name] = path
     return found
+
+
+def walk_images(root: str | Path) -> list[str]:
+    """The PNG, JPEG and TIFF images of `walk_files`."""
+    return [name for name in walk_files(root) if name.lower().endswith(SUFFIXES)]
 
 
 def walk_files(root: str | Path) -> list[str]:
