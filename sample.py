@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
 from cli import DEVICE, Parser, one_line, out_of_memory, positive, run, seed_number
-from data import SUFFIXES, walk_files
+from data import walk_images
 from images import to_uint8
 from processes import end_processes, processes, rank, start_processes
 from scene import batches, check_tile, count_tiles, latent_size, translate_scene
@@ -70,7 +70,7 @@ def find_images(arguments: list[Path], out: Path | None) -> dict[Path, Path]:
     for argument in arguments:
         folder, names = argument.parent, [argument.name]
         if argument.is_dir():
-            folder, names = argument, [name for name in sorted(walk_files(argument)) if name.lower().endswith(SUFFIXES)]
+            folder, names = argument, sorted(walk_images(argument))
             names = [name for name in names if not Path(name).stem.endswith(RESULTS)]
             if not names:
                 raise ValueError(f"{str(argument)!r}: no PNG, JPEG or TIFF images in it")
@@ -257,6 +257,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     args = parser.parse_args(arguments)
     args.seeds = range(args.seed, args.seed + args.samples)
+    if args.seeds[-1] >= 2**32:
+        parser.error(f"--seed {args.seed} with --samples {args.samples}: the last seed must be below 2^32")
     return args
 
 

@@ -413,6 +413,7 @@ def test_real_sentinel1_tiles_use_the_range_without_clipping():
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, kind, read, capfd):
     path = tmp_path / "näme with 'quotes'\nand a newline.png"
     bad = {name: content for name, content in kind().items() if not name.startswith("maybe_")}
+    bad.pop("long-chunk.png", None)  # refused where memory is limited, as in test_hostile_images.py
     bad["small.png"] = encoded(noise(7, 4097), "PNG")
     bad["small bomb.png"] = png(8192, 8192)
     for content in bad.values():

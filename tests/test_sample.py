@@ -392,6 +392,9 @@ def test_a_seed_that_cannot_be(run, capsys):
         with pytest.raises(SystemExit):
             run("a.png", "--seed", seed)
         assert f"--seed: '{seed}' is no whole number from 0 to 2^32 - 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("a.png", "--seed", 2**32 - 1, "--samples", 2)
+    assert "the last seed must be below 2^32" in capsys.readouterr().err
 
 
 def test_models_that_cannot_translate(run, tmp_path):
