@@ -23,8 +23,7 @@ from tqdm import tqdm
 from cdiffset import CDiffSET
 from data import PairDataset, orient, read_pair
 from files import exclusive, read_json, write_json
-from unet import UNet
-from vae import AutoencoderKL
+from weights import network_digest
 
 
 class CachedLatents(Dataset):
@@ -42,14 +41,6 @@ class CachedLatents(Dataset):
         latents = np.memmap(self.file, np.float16, "r", shape=(len(self), *self.shape))  # nothing is read yet
         z_sar, z_eo = torch.from_numpy(latents[self.pairs.index(position), orientation].astype(np.float32))
         return z_sar, z_eo
-
-
-def network_digest(network: AutoencoderKL | UNet) -> str:
-    """What a network's output depends on: its layers, weights and (of a VAE) scaling factor, in hexadecimal."""
-    digest = hashlib.sha256(repr(sorted(network.config.items())).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
@@ -101,7 +92,7 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
                         advice = "train without --cache, or cut the images first"
                         raise ValueError(f"{pair.sar}: {size}; random crops cannot be cached: {advice}")
                     turned = torch.cat([orient(images, i) for i in range(orientations)])
-                    latents = model.encode(turned.to(model.prompt_embedding.device)).cpu().numpy().astype(np.float16)
+                    latents = model.encode(turned.to(model.device)).cpu().numpy().astype(np.float16)
                     output.write(latents.tobytes())
         except OSError as error:
             raise ValueError(f"{file}: {error}; the same command goes on from pair {done} or later") from error

@@ -179,6 +179,16 @@ class CDiffSET(nn.Module):
         """Image sides are padded to multiples of this: the VAE's factor times the U-Net's, 64 for SD."""
         return self.vae.factor * self.unet.unit
 
+    @property
+    def has_variance(self) -> bool:
+        """Whether there is a fifth output channel; a model of stage 1 has none."""
+        return self.unet.config["out_channels"] > self.vae.config["latent_channels"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.prompt_embedding.device
+
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> latent (B, 4, H/8, W/8): posterior mean * scaling_factor, no sampling."""
         weight = self.vae.quant_conv.weight
@@ -233,6 +243,20 @@ class CDiffSET(nn.Module):
             confidence = F.interpolate(confidence, size=padded.shape[2:], mode="bicubic", align_corners=False)
             confidence = confidence[:, :, :height, :width]
         return eo, confidence
+
+    @torch.inference_mode()
+    def noise_error(
+        self, z_sar: Tensor, z_eo: Tensor, t: Tensor | int, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Noises true EO latents and predicts, as in training: z_sar, z_eo (B, 4, h, w), t scalar or (B,), a seed of
+        the noise each -> the squared error, mean of the channels, and the variance that the network expects of it, both
+        (B, 1, h, w) float32; None from a model without a variance channel.
+        """
+        noise = torch.cat([initial_noise(seed, z_eo.shape[1:]) for seed in seeds]).to(z_eo)
+        z_t = self.scheduler.add_noise(z_eo, noise, t)
+        prediction, raw = denoise(self.unet, z_sar, z_t, t, self.prompt_embedding)
+        error = (prediction.float() - self.scheduler.target(z_eo, noise, t)).square().mean(dim=1, keepdim=True)
+        return error, None if raw is None else variance(raw.float())
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def vae(args: argparse.Namespace, picture: Path) -> Results:
 @torch.inference_mode()
 def reconstruct(model: CDiffSET, images: Tensor) -> tuple[Tensor, Tensor]:
     """The latents and the reconstructions of images (N, 3, H, W) in [-1, 1], both on the CPU."""
-    z = [model.encode(x.to(model.prompt_embedding.device)).float() for x in images.split(BATCH)]
+    z = [model.encode(x.to(model.device)).float() for x in images.split(BATCH)]
     return torch.cat(z).cpu(), torch.cat([model.decode(x).float().clamp(-1, 1).cpu() for x in z])
 
 

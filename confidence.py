@@ -30,10 +30,21 @@ from torch import Tensor
 
 import report
 import synth
-from cdiffset import VARIANCE_MAX, CDiffSET, denoise, initial_noise, pad_to_multiple, variance
+from cdiffset import VARIANCE_MAX, CDiffSET, pad_to_multiple
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
-from data import Pair, describe, evenly, find_pairs, held_out_pairs, mask_path, read_mask, read_pair, seed_of
-from evaluate import in_batches, training_colours
+from data import (
+    Pair,
+    describe,
+    evenly,
+    find_pairs,
+    held_out_pairs,
+    mask_path,
+    read_batches,
+    read_mask,
+    read_pair,
+    seed_of,
+)
+from evaluate import training_colours
 from files import write_json
 from images import confidence_picture, grid, to_uint8
 from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, plot, save_small
@@ -122,21 +133,6 @@ def gradient(image: Tensor) -> Tensor:
     return local_mean((dx**2 + dy**2).sqrt())
 
 
-@torch.inference_mode()
-def noise_error(
-    model: CDiffSET, z_sar: Tensor, z_eo: Tensor, t: Tensor | int, seeds: Sequence[int]
-) -> tuple[Tensor, Tensor | None]:
-    """Noises true EO latents and predicts, as in training: z_sar, z_eo (B, 4, h, w), t scalar or (B,), a seed of the
-    noise each -> the squared error, mean of the channels, and the variance that the network gives, both (B, 1, h, w)
-    float32; no variance from a model without one.
-    """
-    noise = torch.cat([initial_noise(seed, z_eo.shape[1:]) for seed in seeds]).to(z_eo)
-    z_t = model.scheduler.add_noise(z_eo, noise, t)
-    prediction, raw = denoise(model.unet, z_sar, z_t, t, model.prompt_embedding)
-    error = (prediction.float() - model.scheduler.target(z_eo, noise, t)).square().mean(dim=1, keepdim=True)
-    return error, None if raw is None else variance(raw.float())
-
-
 def pair_scores(model: CDiffSET, z_sar: Tensor, z_eo: Tensor, numbers: Sequence[int], seed: int) -> dict[str, Tensor]:
     """Scores of real pairs, latents (B, 4, h, w) with their numbers -> {name: (B, H, W)}: where do they not go
     together?
@@ -144,7 +140,7 @@ def pair_scores(model: CDiffSET, z_sar: Tensor, z_eo: Tensor, numbers: Sequence[
     scores = {}
     for t in TIMESTEPS:
         draws = [
-            torch.cat(noise_error(model, z_sar, z_eo, t, [seed_of(seed, "pair", t, k, i) for i in numbers]), dim=1)
+            torch.cat(model.noise_error(z_sar, z_eo, t, [seed_of(seed, "pair", t, k, i) for i in numbers]), dim=1)
             for k in range(DRAWS)
         ]
         maps = F.interpolate(torch.stack(draws).mean(dim=0), scale_factor=model.vae.factor, mode="bicubic").cpu()
@@ -158,7 +154,7 @@ def by_timestep(model: CDiffSET, z_sar: Tensor, z_eo: Tensor, numbers: Sequence[
     for band in range(BANDS):
         seeds = [seed_of(seed, "calibration", band, i) for i in numbers]
         t = torch.tensor([band * width + s % width for s in seeds], device=z_eo.device)
-        error, var = noise_error(model, z_sar, z_eo, t, seeds)
+        error, var = model.noise_error(z_sar, z_eo, t, seeds)
         maps.append(torch.stack([var.flatten(), error.flatten()]))
     return torch.stack(maps, dim=1).cpu().numpy()
 
@@ -209,10 +205,10 @@ def measure(
     "objects" of all pixels; and what `by_timestep` gives.
     """
     columns, bands = defaultdict(list), []
-    for numbers, sar, eo in in_batches(lambda i: read_pair(pairs[i]), len(pairs), args.batch_size, bar="measuring"):
+    for numbers, sar, eo in read_batches(lambda i: read_pair(pairs[i]), len(pairs), args.batch_size, bar="measuring"):
         made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
         made, (height, width) = made.cpu(), sar.shape[2:]
-        images = pad_to_multiple(torch.cat([sar, eo]), model.unit).to(model.prompt_embedding.device)
+        images = pad_to_multiple(torch.cat([sar, eo]), model.unit).to(model.device)
         with torch.inference_mode():
             z_sar, z_eo = model.encode(images).float().chunk(2)
         found = {UNCERTAINTY: -confidence.cpu()[:, 0]}  # sorts as its inverse, and bicubic values may fall below 0
@@ -325,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.device = choose_device(args.device)
     report.pyplot()  # now, rather than after an hour, if it is not there
     model = load_model(args.model, None, "float32", args.device)
-    if model.unet.config["out_channels"] == model.vae.config["latent_channels"]:
+    if not model.has_variance:
         raise ValueError(f"{args.model} has no variance channel: train it further with train.py --loss cdiff")
     found = find_pairs(args.data)
     train, test, split = held_out_pairs(found.pairs, args.model)

@@ -6,7 +6,6 @@ Order, crops and noise of a training are drawn from (seed, sample position) alon
 """
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -18,7 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from files import read_json
 from images import read_eo, read_raster, read_sar
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,6 +167,12 @@ def listed(paths: Sequence[Path]) -> str:
     return ", ".join(repr(str(path)) for path in paths[:3]) + ", ..." * (len(paths) > 3)
 
 
+def dataset_name(found: Pairs, root: str | Path) -> str:
+    """What tells a dataset from others, wherever it lies: its layout, and the number and names of its pairs."""
+    names = seed_of(*(pair.sar.relative_to(root) for pair in found.pairs))
+    return f"{found.layout} of {len(found.pairs)} pairs ({names:016x})"
+
+
 def describe(found: Pairs) -> list[str]:
     """What was found, in lines to print. Reads the first pairs, so it also says early what cannot be read."""
 
@@ -230,8 +237,8 @@ def held_out_pairs(pairs: list[Pair], model: Path) -> tuple[list[Pair], list[Pai
     if not file.is_file():
         return *split_pairs(pairs), "the split of seed 0"
     try:
-        test = set(json.loads(file.read_text(encoding="utf-8"))["scenes"]["test"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        test = set(read_json(file)["scenes"]["test"])
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} is no split that train.py wrote ({error}): move it away to use seed 0") from error
     sides = [p for p in pairs if p.scene not in test], [p for p in pairs if p.scene in test]
     if not all(sides):
@@ -305,6 +312,22 @@ def read_pair(pair: Pair, read: Callable[[Path], Tensor] = read_sar) -> tuple[Te
         sizes = [f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pair.sar, sar), (pair.eo, eo))]
         raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: the images of a pair must have equal sizes")
     return sar, eo
+
+
+def read_batches(
+    read: Callable[[int], tuple[Tensor, Tensor]], total: int, size: int, start: int = 0, bar: str | None = None
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """read(i), two images (3, H, W), for i from `start` to total - 1, `size` at a time: their numbers, and the batches
+    of both, (B, 3, H, W). bar: the title of a progress bar. ValueError: the images of a batch have several sizes.
+    """
+    with tqdm(total=total, initial=start, unit="image", desc=bar, disable=bar is None) as progress:
+        for first in range(start, total, size):
+            numbers = range(first, min(first + size, total))
+            both = list(zip(*map(read, numbers)))
+            if len({image.shape for side in both for image in side}) > 1:
+                raise ValueError("the images have several sizes: use --batch-size 1 (evaluate.py can also cut: --size)")
+            yield numbers, *map(torch.stack, both)
+            progress.update(len(numbers))
 
 
 class PairDataset(torch.utils.data.Dataset):

@@ -23,27 +23,22 @@ quarter of the range, for LPIPS too; the first 100 held-out pairs, one at a time
 Which pairs are held out is read from split.json beside the model's folder, where train.py leaves it; without one,
 it is the split of seed 0. In two folders, images are paired by their paths without the ending.
 
-Written to --out: metrics.json (each image too), contact_sheet.png, eo/ and confidence/ (the translations), and
-scores.jsonl, a line an image as they are made: the same command goes on where an interrupted one stopped.
+Written to --out: eo/ and confidence/, the translations (the same command goes on where an interrupted one stopped),
+metrics.json (each image's too) and contact_sheet.png. A model's images are scored as they were written, with 8 bits,
+like any other method's.
 """
 
 import argparse
-import json
-import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from cache import network_digest
-from cdiffset import pad_to_multiple
-from cli import DEVICE, Parser, choose_device, machine, positive, run, seed_number
+from cdiffset import CDiffSET, pad_to_multiple
+from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import (
     Pair,
     PairDataset,
@@ -55,16 +50,18 @@ from data import (
     held_out_pairs,
     mask_path,
     pair_folders,
+    read_batches,
     read_mask,
     read_pair,
     seed_of,
 )
-from files import atomic, exclusive, write_json
+from files import exclusive, read_json, write_json
 from images import confidence_picture, grid, read_eo, save_image, to_uint8
 from metrics import frechet_distance, load_inception, load_lpips, psnr, scc, ssim, what_is_missing
-from report import markdown
+from report import markdown, origin
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
+from weights import network_digest
 from yardsticks import FITTED_ON, fit_colours, land_cover_agreement, look_up
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
@@ -74,13 +71,13 @@ OF_MODELS = ("data", "model", "unet", "steps", "spacing", "seed", "size")  # opt
 
 
 class Work(NamedTuple):
-    """What is to be scored: a model's translations, or the images in a folder."""
+    """What is scored: image files, a model's or those of any other method."""
 
-    pairs: list[Pair]  # (SAR, EO), or (image, truth)
-    made: list[Path]  # the image files that are scored; those of a model are written by `candidates`
+    method: str
+    files: list[Path]
+    pairs: list[Pair]  # (SAR, EO), or (image file, truth)
     read: Callable[[int], tuple[Tensor, Tensor]]  # a pair's number -> its two images, each (3, H, W) in [-1, 1]
-    candidates: Callable[[range, Tensor, Tensor], dict[str, Tensor]]  # numbers, both images -> by method; scored: last
-    about: dict[str, str | dict]  # what the result depends on, beside the options
+    yardsticks: Callable[[Tensor, Tensor], dict[str, Tensor]]  # batches of both -> images (B, 3, H, W) by method
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -97,70 +94,80 @@ def training_colours(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     return fit_colours(read_pair(pair) for pair in evenly(pairs, FITTED_ON))
 
 
+def of_folders(args: argparse.Namespace) -> Work:
+    """The images in a folder, and what they should be."""
+    pairs = chosen(pair_folders(args.images, args.truth), args)
+    files = [image for image, *_ in pairs]
+    return Work("images", files, pairs, lambda i: read_pair(pairs[i], read_eo), lambda _image, _truth: {})
+
+
 def of_model(args: argparse.Namespace, out: Path) -> Work:
-    """The held-out pairs of a dataset, translated; what is made is written below `out`."""
+    """The held-out pairs of a dataset, which are translated into `out`."""
     model = load_model(args.model, args.unet, "float32", args.device)
     found = find_pairs(args.data)
     train, test, split = held_out_pairs(found.pairs, args.model)
     test = chosen(test, args)
     print("\n".join([*describe(found), f"{len(test)} of the held-out pairs, by {split}"]))
+    files = [out / "eo" / f"{name}.png" for name in by_name((pair.eo for pair in test), args.data)]
     read = PairDataset(test, args.size, train=False).__getitem__ if args.size else lambda i: read_pair(test[i])
     mean, colours = training_colours(train)
-    names = list(by_name((pair.eo for pair in test), args.data))
 
     @torch.inference_mode()
-    def candidates(numbers: range, sar: Tensor, eo: Tensor) -> dict[str, Tensor]:
-        """All methods' images; the model's are written to eo/ and confidence/ first."""
-        made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
-        pictures = {"eo": made, "confidence": [] if confidence is None else map(confidence_picture, confidence)}
-        for kind, images in pictures.items():
-            for i, image in zip(numbers, images):
-                path = out / kind / f"{names[i]}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_image(path, image)
+    def yardsticks(sar: Tensor, eo: Tensor) -> dict[str, Tensor]:
+        """What simple means make of these pairs."""
         decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit).to(args.device))).float().clamp(-1, 1)
         return {
             "mean image": mean[:, None, None].expand_as(eo),
             "colour look-up": look_up(colours, sar),
             "VAE": decoded[:, :, : eo.shape[2], : eo.shape[3]].cpu(),
-            "model": made.cpu(),
         }
 
-    weights = " ".join(network_digest(network)[:16] for network in (model.vae, model.unet))
-    about = {"split": split, "weights": weights, "schedule": model.scheduler.config}
-    return Work(test, [out / "eo" / f"{name}.png" for name in names], read, candidates, about)
+    work = Work("model", files, test, read, yardsticks)
+    about = {"vae": network_digest(model.vae), "unet": network_digest(model.unet)} | model.scheduler.config
+    keep_settings(work, about, out, args)
+    translate(model, work, out, args)
+    return work
 
 
-def of_folders(args: argparse.Namespace) -> Work:
-    """The images in a folder, and what they should be."""
-    pairs = chosen(pair_folders(args.images, args.truth), args)
-    return Work(
-        pairs,
-        made=[pair.sar for pair in pairs],
-        read=lambda i: read_pair(pairs[i], read_eo),
-        candidates=lambda _numbers, image, _truth: {"images": image},
-        about={"split": "all there are"},
-    )
+def keep_settings(work: Work, about: dict, out: Path, args: argparse.Namespace) -> None:
+    """Writes down what the translations depend on, `about` and more; ValueError if some are there, made otherwise."""
+    changed = [path.stat().st_mtime_ns for pair in work.pairs for path in (pair.sar, pair.eo)]
+    about |= {"pairs": seed_of(*work.pairs, *changed)}
+    about |= {key: getattr(args, key) for key in ("steps", "spacing", "seed", "size", "batch_size")}
+    file = out / "translations.json"
+    if file.exists() and work.files[0].exists():
+        was = read_json(file)
+        if different := [f"{key} {was.get(key)}, not {value}" for key, value in about.items() if was.get(key) != value]:
+            what = f"holds an evaluation with other settings ({'; '.join(different)})"
+            raise ValueError(f"{out} {what}: give another --out, or delete it")
+    write_json(file, about)
+
+
+def translate(model: CDiffSET, work: Work, out: Path, args: argparse.Namespace) -> None:
+    """Writes the translations that are not there yet, batch by batch; and their confidence, where the model has it."""
+    total = len(work.files)
+    done = next((i for i, file in enumerate(work.files) if not file.exists()), total)
+    if done:
+        print(f"{done} of {total} images are translated already")
+    start = done // args.batch_size * args.batch_size  # so that a batch is what it would have been
+    for numbers, sar, _ in read_batches(work.read, total, args.batch_size, start, bar="translating"):
+        made, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
+        for k, i in enumerate(numbers):
+            pictures = {work.files[i]: made[k]}
+            if confidence is not None:  # first, so that where the image is, both are
+                pictures = {confidence_file(work.files[i], out): confidence_picture(confidence[k])} | pictures
+            for path, picture in pictures.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_image(path, picture)
+
+
+def confidence_file(image: Path, out: Path) -> Path:
+    """Where the confidence of a translation is."""
+    return out / "confidence" / image.relative_to(out / "eo")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Scores
-
-
-def in_batches(
-    read: Callable[[int], tuple[Tensor, Tensor]], total: int, size: int, start: int = 0, bar: str | None = None
-) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """read(i), two images (3, H, W), for i from `start` to total - 1, `size` at a time: their numbers, and the batches
-    of both, (B, 3, H, W). bar: the title of a progress bar. ValueError: the images of a batch have several sizes.
-    """
-    with tqdm(total=total, initial=start, unit="image", desc=bar, disable=bar is None) as progress:
-        for first in range(start, total, size):
-            numbers = range(first, min(first + size, total))
-            both = list(zip(*map(read, numbers)))
-            if len({image.shape for side in both for image in side}) > 1:
-                raise ValueError("the images have several sizes: use --batch-size 1 (evaluate.py can also cut: --size)")
-            yield numbers, *map(torch.stack, both)
-            progress.update(len(numbers))
 
 
 def score(
@@ -182,48 +189,25 @@ def score(
         yield row
 
 
-def resume(file: Path, settings: dict, total: int, batch_size: int) -> list[dict]:
-    """The lines of an interrupted evaluation that are whole, by whole batches, which are then computed alike.
-
-    The file is left with these alone, after a first line with the settings. ValueError: it is another evaluation's.
-    """
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by a crash
-    try:
-        old, rows = json.loads(lines[0]) if lines else {}, [json.loads(line) for line in lines[1:]]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it, or give another --out") from error
-    if rows and old != settings:
-        changed = [f"{key} {old.get(key)}, not {value}" for key, value in settings.items() if old.get(key) != value]
-        advice = f"give another --out, or delete {file.parent}"
-        raise ValueError(f"{file} is of an evaluation with other settings ({'; '.join(changed)}): {advice}")
-    if len(rows) < total:
-        rows = rows[: len(rows) // batch_size * batch_size]
-    with atomic(file) as temporary:
-        temporary.write_text("".join([json.dumps(settings) + "\n", *lines[1 : 1 + len(rows)]]), encoding="utf-8")
-    return rows
-
-
-def score_all(work: Work, args: argparse.Namespace, lpips: Callable | None, file: Path, settings: dict) -> list[dict]:
-    """{"file": the true image's, method: its scores ...} of each pair; a line each in `file`, where it goes on."""
-    rows, total = resume(file, settings, len(work.pairs), args.batch_size), len(work.pairs)
-    if rows:
-        print(f"{len(rows)} of {total} images are scored already")
-    with file.open("a", encoding="utf-8") as log:
-        for numbers, first, truth in in_batches(work.read, total, args.batch_size, len(rows), "scoring"):
-            pairs = [work.pairs[i] for i in numbers]
-            batch = [{"file": str(pair.eo)} for pair in pairs]
-            try:
-                for method, images in work.candidates(numbers, first, truth).items():
-                    for row, scores in zip(batch, score(images, truth, pairs, args.protocol, lpips)):
-                        row[method] = scores
-            except torch.OutOfMemoryError as error:
-                raise ValueError("out of memory: try a smaller --batch-size") from error
-            log.write("".join(json.dumps(row) + "\n" for row in batch))
-            log.flush()
-            os.fsync(log.fileno())
-            rows += batch
-    return rows
+def score_all(
+    work: Work, args: argparse.Namespace, lpips: Callable | None, inception: Callable | None
+) -> tuple[list[dict], float | None]:
+    """{"file": the true image's, method: its scores ...} of each pair; and the FID of the images, if it can be had."""
+    rows, features = [], ([], [])
+    for numbers, first, truth in read_batches(work.read, len(work.pairs), args.batch_size, bar="scoring"):
+        images = torch.stack([read_eo(work.files[i]) for i in numbers])
+        pairs = [work.pairs[i] for i in numbers]
+        methods = {
+            method: score(made, truth, pairs, args.protocol, lpips)
+            for method, made in [*work.yardsticks(first, truth).items(), (work.method, images)]
+        }
+        for pair, *scores in zip(pairs, *methods.values()):
+            rows.append({"file": str(pair.eo)} | dict(zip(methods, scores)))
+        if inception:
+            for kind, batch in zip(features, (images, truth)):
+                kind.append(inception(batch / 2 + 0.5))
+    fid = frechet_distance(*map(np.concatenate, features)) if inception and len(rows) > 1 else None
+    return rows, fid
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -232,28 +216,15 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def fid(inception: Callable[[Tensor], np.ndarray], work: Work, batch_size: int) -> float:
-    """FID of the image files that were made, as 8-bit pictures, whatever the protocol."""
-    features = [], []
-
-    def read(i: int) -> tuple[Tensor, Tensor]:
-        return read_eo(work.made[i]), work.read(i)[1]
-
-    for _, *images in in_batches(read, len(work.pairs), batch_size, bar="FID"):
-        for kind, batch in zip(features, images):
-            kind.append(inception(batch / 2 + 0.5))
-    return frechet_distance(*map(np.concatenate, features))
-
-
 def contact_sheet(work: Work, psnrs: list[float], out: Path) -> None:
     """The three best, middle and worst images by PSNR, beside what they should be."""
     order = np.argsort([-value for value in psnrs], kind="stable")
     middle, rows = len(order) // 2, []
     for i in [*order[:3], *order[middle - 1 : middle + 2], *order[-3:]] if len(order) >= 9 else order:
         row = list(work.read(i))
-        if work.made[i] != work.pairs[i].sar:  # a model's
-            confidence = out / "confidence" / work.made[i].relative_to(out / "eo")
-            row += [read_eo(path) for path in (work.made[i], confidence) if path.exists()]
+        if work.method == "model":
+            more = work.files[i], confidence_file(work.files[i], out)
+            row += [read_eo(path) for path in more if path.exists()]
         rows.append([to_uint8(image) for image in row])
     titles = ["SAR", "EO", "generated", "confidence"] if len(rows[0]) > 2 else ["generated", "EO"]
     height, width = (min(row[0].shape[axis] for row in rows) for axis in (0, 1))
@@ -323,28 +294,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Scores; returns the exit code."""
     args = parse(arguments)
     args.device, out = choose_device(args.device), args.out or default_out(args)
-    work = of_folders(args) if args.images else of_model(args, out)
     lpips, inception = optional("lpips", load_lpips, args.device), optional("fid", load_inception, args.device)
-
-    stats = [path.stat() for pair in work.pairs for path in pair[:2]]
-    files = seed_of(*work.pairs, *((stat.st_size, stat.st_mtime_ns) for stat in stats))
-    settings = {key: value for key, value in vars(args).items() if key != "out"} | work.about
-    settings |= {"metrics": [*METRICS] + ["lpips"] * bool(lpips), "files": files}
-    settings = json.loads(json.dumps(settings, default=str))  # as they are read again
     with exclusive(out):
-        rows = score_all(work, args, lpips, out / "scores.jsonl", settings)
+        work = of_folders(args) if args.images else of_model(args, out)
+        rows, fid = score_all(work, args, lpips, inception)
         _, *methods = rows[0]
-        scored = methods[-1]
         mean = {method: means([row[method] for row in rows]) for method in methods}
-        if inception and len(rows) > 1:
-            mean[scored]["fid"] = fid(inception, work, args.batch_size)
+        if fid is not None:
+            mean[work.method]["fid"] = fid
         how = "x / 2 + 0.5" if args.protocol == "standard" else "clamp(x + 0.5, 0, 1), as the published numbers"
         print(f"protocol {args.protocol}: {len(rows)} images, compared as {how}")
         print(markdown("", mean), end="")
-        result = {"protocol": args.protocol, "mean": mean, "settings": settings, "date": str(date.today())}
-        result |= {"machine": f"{machine(args.device)}, {platform.platform()}", "torch": torch.__version__}
-        write_json(out / "metrics.json", result | {"images": [{"file": row["file"], **row[scored]} for row in rows]})
-        contact_sheet(work, [row[scored]["psnr"] for row in rows], out)
+        images = [{"file": row["file"], **row[work.method]} for row in rows]
+        write_json(out / "metrics.json", origin("evaluate.py", arguments, args) | {"mean": mean, "images": images})
+        contact_sheet(work, [image["psnr"] for image in images], out)
     print(f"wrote {out}/metrics.json and contact_sheet.png (the three best, middle and worst by PSNR)")
     return 0
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from cdiffset import CDiffSET
 from checkpoint import Settings, run_folder
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
-from data import PairDataset, describe, find_pairs, split_pairs
+from data import PairDataset, dataset_name, describe, find_pairs, split_pairs
 from loop import fit, sample_noise
 from scheduler import DDPMScheduler
-from train import dataset_name
 from unet import UNet
 from vae import AutoencoderKL
 

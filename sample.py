@@ -274,7 +274,7 @@ def check_paths(args: argparse.Namespace, inputs: set[str]) -> None:
 def check(args: argparse.Namespace, model: CDiffSET) -> None:
     """Fills in the settings that depend on the model; ValueError on those that cannot be."""
     args.tile = args.tile or max(512 // model.unit, 2) * model.unit
-    args.batch_size = args.batch_size or (1 if model.prompt_embedding.device.type == "cpu" else 8)
+    args.batch_size = args.batch_size or (1 if model.device.type == "cpu" else 8)
     check_tile(model, args.tile)
     if args.steps > model.scheduler.num_train_timesteps:
         raise ValueError(f"--steps {args.steps}: this model has {model.scheduler.num_train_timesteps} timesteps")
@@ -309,13 +309,12 @@ def main(arguments: list[str] | None = None) -> int:
     check(args, model)
     if args.compile:
         compile_unet(model)
-    has_confidence = model.unet.config["out_channels"] > model.vae.config["latent_channels"]
-    kinds = ["eo"] + ["confidence"] * has_confidence + ["spread"] * (args.samples > 1)
+    kinds = ["eo"] + ["confidence"] * model.has_variance + ["spread"] * (args.samples > 1)
     first = rank() == 0
     if first:
         if not args.model:
             print("using models/tiny, a demonstration model trained on synthetic scenes: not for real work")
-        if not has_confidence:
+        if not model.has_variance:
             print("this model has no variance channel (stage 1 of the training): no confidence is written")
 
     def fail(path: Path, error: Exception) -> None:

@@ -16,16 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evaluate
-from cache import network_digest
 from cdiffset import CDiffSET, add_variance_channel, widen_input
 from checkpoint import Settings, run_folder
-from confidence import noise_error
-from data import Pair, PairDataset, evenly, find_pairs, mask_path, read_mask, split_pairs
+from data import Pair, PairDataset, dataset_name, evenly, find_pairs, mask_path, read_batches, read_mask, split_pairs
 from loop import fit, precision
 from report import BLUE, GREEN, ORANGE, PURPLE
-from train import MEASURED_AT, dataset_name, objective
+from train import MEASURED_AT, objective
 from unet import UNet
-from weights import build, open_model
+from weights import build, network_digest, open_model
 
 BATCH = 16  # images at a time, where nothing is trained
 VALIDATIONS, VALIDATED = 10, 32  # of a training, and the images of each
@@ -102,7 +100,7 @@ def regression_loss(model: CDiffSET) -> Callable[[nn.Module, list[Tensor], list[
     """Mean absolute error of the EO latent, as `fit` wants it."""
 
     def loss(unet: nn.Module, batch: list[Tensor], _positions: list[int]) -> Tensor:
-        sar, eo = (x.to(model.prompt_embedding.device) for x in batch)
+        sar, eo = (x.to(model.device) for x in batch)
         with torch.no_grad():
             z_eo = model.encode(eo).float()
         return F.l1_loss(regress(unet, model, sar), z_eo)
@@ -145,7 +143,7 @@ def trained(name: str, seed: int, study: Study) -> CDiffSET:
 def held_out(study: Study) -> Iterator[tuple[range, Tensor, Tensor]]:
     """The held-out pairs in batches: their numbers, and SAR and EO images (B, 3, size, size) on the device."""
     images = PairDataset(study.held_out, study.args.size, train=False)
-    for numbers, *batch in evaluate.in_batches(images.__getitem__, len(images), BATCH):
+    for numbers, *batch in read_batches(images.__getitem__, len(images), BATCH):
         yield numbers, *(x.to(study.args.device) for x in batch)
 
 
@@ -161,7 +159,7 @@ def prediction_error(model: CDiffSET, name: str, study: Study) -> float:
             if ARMS[name].loss == "l1":
                 errors.append((regress(model.unet, model, sar) - z_eo).abs().mean(dim=(1, 2, 3)))
             else:
-                squared = [noise_error(model, z_sar, z_eo, t, numbers)[0] for t in MEASURED_AT]
+                squared = [model.noise_error(z_sar, z_eo, t, numbers)[0] for t in MEASURED_AT]
                 errors.append(torch.stack(squared).mean(dim=(0, 2, 3, 4)))
     return float(torch.cat(errors).mean())
 

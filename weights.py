@@ -10,6 +10,7 @@ peak memory is that of the model. Loading is strict: missing, unknown, misshapen
 ValueError with the file and the first names.
 """
 
+import hashlib
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
@@ -230,6 +231,14 @@ def build(network: type[nn.Module], part: Part, dtype: torch.dtype = torch.float
     state = {key: tensor.load(dtype) for key, tensor in part.tensors.items()}
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval()
+
+
+def network_digest(network: AutoencoderKL | UNet) -> str:
+    """What a network's output depends on: its layers, weights and (of a VAE) scaling factor, in hexadecimal."""
+    digest = hashlib.sha256(repr(sorted(network.config.items())).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_scheduler(path: str | Path, prediction_type: str | None = None) -> DDPMScheduler:

@@ -172,12 +172,12 @@ def test_a_network_that_finds_the_noise_has_no_error_and_a_blind_one_the_noise_i
     z = torch.zeros(2, 4, 16, 16)
     scale = (1 - model.scheduler.alphas_cumprod[501]).sqrt()
     model.unet.forward = lambda x, t, context: torch.cat([x[:, 4:] / scale, torch.zeros_like(x[:, :1])], dim=1)
-    error, variance = confidence.noise_error(model, z, z, 501, seeds=[3, 4])
+    error, variance = model.noise_error(z, z, 501, seeds=[3, 4])
     assert error.shape == variance.shape == (2, 1, 16, 16)
     assert error.abs().max() < 1e-10
     assert torch.allclose(variance, torch.tensor(1.0))
     model.unet.forward = lambda x, t, context: torch.zeros_like(x[:, :5])
-    error, _ = confidence.noise_error(model, z, z, 501, seeds=[3, 4])
+    error, _ = model.noise_error(z, z, 501, seeds=[3, 4])
     noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(4))
     assert torch.allclose(error[1, 0], noise[0].square().mean(dim=0))
 
