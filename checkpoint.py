@@ -133,15 +133,15 @@ def last_checkpoint(out: Path) -> str:
 
 
 def read_header(path: Path) -> dict:
-    """The step, best score and settings of a checkpoint. Raises ValueError if it cannot be read."""
+    """The step and settings of a checkpoint. Raises ValueError if it cannot be read."""
     try:
         refuse_no_file(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["training"])
         match header:
-            case {"step": int(step), "best": int() | float(), "settings": dict()} if step >= 0:
+            case {"step": int(step), "settings": dict()} if step >= 0:
                 return header
-        raise ValueError("no step, score and settings in it")
+        raise ValueError("no step and settings in it")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"not a readable checkpoint ({error})"
         raise ValueError(f"{path}: {what}; delete it to resume from the one before") from error
@@ -152,7 +152,7 @@ def read_header(path: Path) -> dict:
 
 
 class State:
-    """All that a checkpoint holds: weights, optimizer, moving average, the steps done and the best score.
+    """All that a checkpoint holds: weights, optimizer, moving average and the number of steps done.
 
     A checkpoint is one safetensors file, so that it is there whole or not at all.
     """
@@ -166,7 +166,7 @@ class State:
             zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
-        self.step, self.best = 0, -math.inf
+        self.step = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in the checkpoint; the tensors themselves, not copies."""
@@ -178,7 +178,7 @@ class State:
 
     def save(self) -> None:
         """Writes checkpoint/STEP.safetensors, then drops the oldest ones."""
-        header = {"step": self.step, "best": self.best, "settings": self.settings.identity()}
+        header = {"step": self.step, "settings": self.settings.identity()}
         path = self.settings.out / "checkpoint" / f"{self.step:08d}.safetensors"
         save_tensors(path, self.tensors(), {"training": json.dumps(header)})
         for old in checkpoints(self.settings.out)[: -self.settings.keep]:
@@ -192,7 +192,7 @@ class State:
             if stored[name].shape != tensor.shape:
                 raise ValueError(f"{path}: {name} is {stored[name].shape}, not {tuple(tensor.shape)}")
             tensor.copy_(stored[name].load(tensor.dtype))
-        self.step, self.best = header["step"], header["best"]
+        self.step = header["step"]
 
     def update(self, rate: float) -> None:
         """One step of the optimizer, with the gradients that are there; the average follows."""
@@ -233,6 +233,7 @@ class Log:
     """A table that grows by a row a step: a CSV file, and TensorBoard where that is installed.
 
     When a run is resumed, the rows from step `start` on are forgotten. Raises ValueError if the file is no such table.
+    last: the step of the last row; best: the highest of the numbers that follow the step.
     """
 
     def __init__(self, path: Path, start: int):
@@ -240,6 +241,9 @@ class Log:
         with atomic(path) as temporary:
             append(temporary, rows)
         self.path, self.columns = path, list(rows[0]) if rows else None
+        self.last, self.best = 0, -math.inf
+        for row in rows:
+            self._look_at(row)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -252,11 +256,16 @@ class Log:
         if self.columns not in (None, list(row)):
             raise ValueError(f"{self.path}: {DAMAGED} (its columns are {', '.join(self.columns)})")
         append(self.path, [row])
+        self._look_at(row)
         if self.board:
             (_, step), *values = row.items()
             for name, value in values:
                 self.board.add_scalar(name, value, step)
             self.board.flush()
+
+    def _look_at(self, row: dict[str, float]) -> None:
+        self.last, value, *_ = row.values()
+        self.best = max(self.best, float(f"{value:.6g}"))  # as a resumed run will read it; a NaN is never the best
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
@@ -268,6 +277,8 @@ def read_table(path: Path) -> list[dict[str, float]]:
         with path.open() as file:
             lines = [line for line in file if line.endswith("\n")]  # a full disk may have cut the last one
         rows = csv.DictReader(lines)
+        if rows.fieldnames and len(rows.fieldnames) < 2:
+            raise ValueError("nothing but steps")
         return [{name: float(text) for name, text in row.items()} | {"step": int(row["step"])} for row in rows]
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise ValueError(f"{path}: {DAMAGED} ({error})") from error

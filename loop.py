@@ -7,8 +7,7 @@ What a step computes depends on the step's number alone: the order of the data, 
 are drawn from (seed, sample position), where sample j of step k has position k * batch_size + j. So no random
 state needs saving; a run that was killed and resumed equals one that was not, and N processes see the data of one.
 
-A checkpoint comes before the validation of its step, which may fail, and knows nothing of it: a run that goes on from
-there begins with that validation.
+A checkpoint comes before the validation of its step, which may fail: a run that goes on from there begins with it.
 """
 
 import math
@@ -85,7 +84,7 @@ def fit(
     first = rank() == 0
     if first:
         log = Log(settings.out / "log.csv", start=state.step + 1)
-        validations = Log(settings.out / "validation.csv", start=state.step)
+        validations = Log(settings.out / "validation.csv", start=state.step + 1)
 
     def due(every: int) -> bool:
         return state.step > 0 and state.step % every == 0 or state.step == settings.steps
@@ -98,12 +97,10 @@ def fit(
     with caught_signals() as caught, reading(dataset, positions, settings.workers, pin) as parts, bar:
         stop = False
         while not stop:
-            if first and due(settings.validate_every):
+            if first and due(settings.validate_every) and validations.last < state.step:
                 with state.averaged():
                     metrics = validate(state.step)
-                    score = next(iter(metrics.values()))
-                    if score > state.best:
-                        state.best = score
+                    if next(iter(metrics.values())) > validations.best:
                         keep_best()
                 validations.write({"step": state.step} | metrics)
             if state.step >= settings.steps:

@@ -145,7 +145,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=positive, default=256, help="side of the crops in pixels (default: %(default)s)")
     add("--no-flips", action="store_true",
         help="crop, but do not flip and turn: for images that one radar took looking to one side (default: flip)")
-    add("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s, as in the paper)")
+    add("--lr", type=float, default=3e-5,
+        help="learning rate after 100 warm-up steps; a cosine brings it to 0 (default: %(default)s, as in the paper)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="validate and keep a moving average of the weights, e.g. 0.9999 (default: none)")
@@ -181,7 +182,8 @@ def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[st
     """
     frozen = [network_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
     chosen = {key: getattr(args, key) for key in ("loss", "size", "no_flips", "validate_images", "validate_steps")}
-    return chosen | {"data": dataset_name(found, args.data), "model": f"{seed_of(frozen):016x}"}
+    data = dataset_name(found, args.data)
+    return chosen | {"cache": bool(args.cache), "data": data, "model": f"{seed_of(frozen):016x}"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import torch._dynamo  # which an optimizer's first step imports: here, so that not every process takes the seconds
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 import cli
 from cdiffset import CDiffSET
@@ -79,6 +81,8 @@ class Forked:
             os.dup2(1, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            # tqdm's own is shared with the process that forked, which would wait for ever if this one dies with it
+            tqdm.set_lock(threading.RLock())
             before()
             cli.run(lambda: main(*arguments))
 

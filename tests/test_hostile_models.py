@@ -337,15 +337,15 @@ def rewrite(path: Path, header: str | None = None, **tensors: torch.Tensor | Non
     save_file({k: v for k, v in (load_file(path) | tensors).items() if v is not None}, path, {"training": header})
 
 
-GOOD = '"best": 0.0, "settings": {}'
+GOOD = '"settings": {}'
 CHECKPOINTS = {
     "empty": lambda p: p.write_bytes(b""),
     "cut": lambda p: p.write_bytes(p.read_bytes()[:-1]),
     "no header": lambda p: save_file({"a": torch.zeros(1)}, p),
     "no JSON": lambda p: rewrite(p, "{"),
     "deep": lambda p: rewrite(p, '{"a":' * 10**5 + "1" + "}" * 10**5),
-    "no settings": lambda p: rewrite(p, '{"step": 3, "best": 0.0}'),
-    "settings are a list": lambda p: rewrite(p, '{"step": 3, "best": 0.0, "settings": []}'),
+    "no settings": lambda p: rewrite(p, '{"step": 3}'),
+    "settings are a list": lambda p: rewrite(p, '{"step": 3, "settings": []}'),
     "step is a text": lambda p: rewrite(p, f'{{"step": "3", {GOOD}}}'),
     "step is negative": lambda p: rewrite(p, f'{{"step": -3, {GOOD}}}'),
     "other settings": lambda p: rewrite(p, f'{{"step": 3, {GOOD}}}'),
@@ -382,6 +382,7 @@ LOGS = {
     "half": b"step,lo",
     "binary": np.arange(256, dtype=np.uint8).tobytes(),
     "rows": b"step,loss\nx,y\n\n1\n",
+    "steps alone": b"step\n1\n2\n",
 }
 
 

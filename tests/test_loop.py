@@ -339,7 +339,21 @@ def test_the_best_model_never_lags_behind_the_checkpoint(tmp_path, kept_in_time)
     for _ in range(2):  # the second time there is nothing left to do, and step 8 is still not the best
         options = {"validate": validate, "keep_best": lambda: kept.append(validated[-1]), "resume": True}
         assert train(tmp_path / "run", **options)[0] == 0
-    assert validated == [2, 4, 6, 6, 8, 8] and kept == [2, 4, 6] + [6] * kept_in_time
+    assert validated == [2, 4, 6, 6, 8] and kept == [2, 4, 6] + [6] * kept_in_time
+
+
+def test_the_best_score_is_remembered_by_a_run_that_validates_at_other_steps(tmp_path):
+    kept, scores = [], {4: 2.0, 6: 1.0, 8: 1.5}
+
+    def validate(step):
+        kept.append(step)
+        return {"score": scores[step]}
+
+    options = {"validate": validate, "keep_best": lambda: kept.append("best")}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", until_step(5), save_every=4, validate_every=4, **options)
+    train(tmp_path / "run", save_every=4, validate_every=3, resume=True, **options)
+    assert kept == [4, "best", 6, 8]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -545,7 +559,7 @@ def test_tensorboard_gets_what_the_tables_get_where_it_is_installed(tmp_path, mo
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     train(tmp_path / "run", steps=2)
-    assert ("tensorboard/log", 1, "loss", 2) in seen and ("tensorboard/validation", 0, "score", 2) in seen
+    assert ("tensorboard/log", 1, "loss", 2) in seen and ("tensorboard/validation", 1, "score", 2) in seen
     assert not any(name == "step" for _, _, name, _ in seen)
 
 
