@@ -32,9 +32,9 @@ from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import evenly, find_pairs, held_out_pairs
 from files import atomic, write_json
 from metrics import psnr
-from report import BLUE, GREEN, GREY, ORANGE, Results, Series, dots, lines, markdown, origin, plot, pyplot
+from report import BLUE, GREEN, GREY, ORANGE, Scores, Series, dots, lines, markdown, origin, plot, pyplot
 from sample import load_model
-from study import ARMS, BATCH, CHANGES, Study, open_study, painting, prediction_error, score, trained, translating
+from study import ARMS, BATCH, CHANGES, Study, open_study, painter, prediction_error, score, trained, translator
 from yardsticks import look_up
 
 LOOKS = {8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 look"}
@@ -65,13 +65,13 @@ ONE_SAMPLE, MEAN_OF_SAMPLES, LOOK_UP = "C-Diff, one sample", f"C-Diff, mean of {
 COLOURS = {arm.title: arm.colour for arm in ARMS.values()} | {ONE_SAMPLE: BLUE, MEAN_OF_SAMPLES: BLUE, LOOK_UP: GREY}
 
 
-def collect(results: Results, row: str, scores: dict[str, float]) -> None:
+def collect(results: Scores, row: str, scores: dict[str, float]) -> None:
     """Adds the scores of a seed to a row of the table."""
     for metric, value in scores.items():
         results.setdefault(row, {}).setdefault(metric, []).append(value)
 
 
-def titled(results: Results, *metrics: str) -> dict[str, str]:
+def titled(results: Scores, *metrics: str) -> dict[str, str]:
     """The titles of those of the metrics that were measured."""
     return {metric: TITLES[metric] for metric in metrics if any(metric in row for row in results.values())}
 
@@ -80,7 +80,7 @@ def titled(results: Results, *metrics: str) -> dict[str, str]:
 # The VAE
 
 
-def vae(args: argparse.Namespace, picture: Path) -> Results:
+def vae(args: argparse.Namespace, picture: Path) -> Scores:
     """Reconstructions and latents of scenes drawn with more or less speckle; --limit scenes a seed.
 
     The floor is the distance between two halves of the EO images.
@@ -145,18 +145,18 @@ def correlation(z: Tensor, other: Tensor) -> float:
 # Comparisons
 
 
-def compared(args: argparse.Namespace, names: list[str]) -> Results:
+def compared(args: argparse.Namespace, names: list[str]) -> Scores:
     """Trains and scores the arms, all seeds."""
     study, results = open_study(args), {}
     for name in names:
         for seed in args.seeds:
             model = trained(name, seed, study)
             error = prediction_error(model, name, study)
-            collect(results, ARMS[name].title, score(study, translating(model)) | {"prediction_error": error})
+            collect(results, ARMS[name].title, score(study, translator(model)) | {"prediction_error": error})
     return results
 
 
-def pretraining(args: argparse.Namespace, picture: Path) -> Results:
+def pretraining(args: argparse.Namespace, picture: Path) -> Scores:
     """C-Diff from the base's U-Net, and from random weights; the plot shows the error while they learn."""
     names, curves = ["cdiff", "scratch"], {}
     results = compared(args, names)
@@ -170,7 +170,7 @@ def pretraining(args: argparse.Namespace, picture: Path) -> Results:
     return results
 
 
-def loss(args: argparse.Namespace, picture: Path) -> Results:
+def loss(args: argparse.Namespace, picture: Path) -> Scores:
     """C-Diff and L2, from the same base."""
     results = compared(args, ["cdiff", "mse"])
     metrics = titled(results, "psnr", *CHANGES)
@@ -179,14 +179,14 @@ def loss(args: argparse.Namespace, picture: Path) -> Results:
     return results
 
 
-def regression(args: argparse.Namespace, picture: Path) -> Results:
+def regression(args: argparse.Namespace, picture: Path) -> Scores:
     """One pass of the same network, beside diffusion (one sample, and the mean of several) and the colour look-up."""
     study, results = open_study(args), {}
     for seed in args.seeds:
         model, diffusion = trained("regression", seed, study), trained("cdiff", seed, study)
-        collect(results, ARMS["regression"].title, score(study, painting(model)))
-        collect(results, ONE_SAMPLE, score(study, translating(diffusion)))
-        collect(results, MEAN_OF_SAMPLES, score(study, translating(diffusion, samples=SAMPLES)))
+        collect(results, ARMS["regression"].title, score(study, painter(model)))
+        collect(results, ONE_SAMPLE, score(study, translator(diffusion)))
+        collect(results, MEAN_OF_SAMPLES, score(study, translator(diffusion, samples=SAMPLES)))
     _, colours = evaluate.training_colours(study.train)
     collect(results, LOOK_UP, score(study, lambda sar, _: look_up(colours, sar.cpu())))
     metrics = titled(results, "psnr", "ssim", "land_cover")
@@ -195,7 +195,7 @@ def regression(args: argparse.Namespace, picture: Path) -> Results:
     return results
 
 
-def steps(args: argparse.Namespace, picture: Path) -> Results:
+def steps(args: argparse.Namespace, picture: Path) -> Scores:
     """Quality of --model's translations by steps and spacing; the seeds are of the noise."""
     model = load_model(args.model, None, "float32", args.device)
     train_pairs, test, _ = held_out_pairs(find_pairs(args.data).pairs, args.model)
@@ -218,7 +218,7 @@ def steps(args: argparse.Namespace, picture: Path) -> Results:
 
 def score_steps(model: CDiffSET, study: Study, number: int, spacing: str, seed: int) -> dict[str, float]:
     """The scores with one setting, and the seconds an image took in the fastest batch, the least disturbed."""
-    translate, took = translating(model, number, spacing, first=seed * len(study.held_out)), []
+    translate, took = translator(model, number, spacing, first=seed * len(study.held_out)), []
 
     def make(sar: Tensor, numbers: range) -> Tensor:
         began = time.perf_counter()
@@ -242,7 +242,7 @@ def cell(values: list[float]) -> str:
     return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def table(results: Results, claim: str) -> str:
+def table(results: Scores, claim: str) -> str:
     """Markdown; what a row was not measured for stays empty. Errors by kind of change are told where they matter."""
     metrics = titled(results, *(metric for metric in TITLES if claim == "loss" or metric not in CHANGES))
     rows = {name: {metrics[m]: cell(row[m]) for m in metrics if m in row} for name, row in results.items()}

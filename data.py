@@ -383,11 +383,6 @@ class PairDataset(torch.utils.data.Dataset):
             raise ValueError(f"{str(pair.sar)!r}: {error}") from None
 
 
-def batches(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
-    """The positions of the global batches of steps start..stop - 1, of which every rank takes its slice.
-
-    ValueError: the ranks cannot share a batch.
-    """
-    if batch_size < 1 or batch_size % world:
-        raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world} process(es)")
+def batch_positions(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
+    """The positions of the global batches of steps start..stop - 1, of which every rank takes its slice."""
     return (range(step * batch_size + rank, (step + 1) * batch_size, world) for step in range(start, stop))

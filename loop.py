@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoint import Log, Settings, State, checkpoints, last_checkpoint
-from data import batches, seed_of
-from processes import Part, caught_signals, check_same, processes, rank, reading
+from data import batch_positions, seed_of
+from processes import Batch, caught_signals, check_same, processes, rank, reading
 
 # (network, batch, the samples' positions) -> the mean loss over the batch, which comes as it was read, on the CPU
 Loss = Callable[[nn.Module, list[Tensor], list[int]], Tensor]
@@ -90,7 +90,7 @@ def fit(
         return state.step > 0 and state.step % every == 0 or state.step == settings.steps
 
     n = settings.accumulate
-    positions = batches(state.step * n, settings.steps * n, settings.batch_size // n, rank(), processes())
+    positions = batch_positions(state.step * n, settings.steps * n, settings.batch_size // n, rank(), processes())
     pin = device.type == "cuda"
     network.train()
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", desc=settings.out.name, disable=not first)
@@ -136,7 +136,7 @@ def fit(
     return 128 + (caught[0] if caught else signal.SIGTERM)  # none was caught here: another process got one
 
 
-def add_gradients(network: nn.Module, loss: Loss, batch: Iterator[Part], settings: Settings) -> Tensor:
+def add_gradients(network: nn.Module, loss: Loss, batch: Iterator[Batch], settings: Settings) -> Tensor:
     """Adds up the gradients of a batch that comes in parts; -> its loss."""
     values = []
     for part, (tensors, positions) in enumerate(batch, 1):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cli import choose_device
 
-Part = tuple[list[Tensor], list[int]]  # a batch, or a part of one, and the positions of its samples
+Batch = tuple[list[Tensor], list[int]]  # (of a part of a batch, too) the tensors, and the positions of the samples
 
 
 def start_processes(device: str | None) -> str:
@@ -104,13 +104,13 @@ def start_worker(_number: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class Parts(Dataset):
+class Batches(Dataset):
     """Positions -> these samples, or the error that one met: raised here, it would come as the text of a traceback."""
 
     def __init__(self, samples: Dataset):
         self.samples = samples
 
-    def __getitem__(self, positions: range) -> Part | Exception:
+    def __getitem__(self, positions: range) -> Batch | Exception:
         try:
             return default_collate([self.samples[i] for i in positions]), list(positions)
         except (ValueError, OSError) as error:
@@ -118,23 +118,23 @@ class Parts(Dataset):
 
 
 @contextmanager
-def reading(dataset: Dataset, positions: Iterator[range], workers: int, pin: bool) -> Iterator[Iterator[Part]]:
+def reading(dataset: Dataset, positions: Iterator[range], workers: int, pin: bool) -> Iterator[Iterator[Batch]]:
     """The samples at these positions, read ahead by processes that are gone in the end.
 
     pin: put them where a GPU can fetch them by itself.
     """
     options = {"num_workers": workers, "worker_init_fn": start_worker, "pin_memory": pin}
-    loader = iter(DataLoader(Parts(dataset), batch_size=None, sampler=positions, **options))
+    loader = iter(DataLoader(Batches(dataset), batch_size=None, sampler=positions, **options))
 
-    def read() -> Iterator[Part]:
+    def read() -> Iterator[Batch]:
         while True:
             try:
-                part = next(loader)
+                batch = next(loader)
             except (OSError, EOFError) as error:  # of a process that died while it handed over what it had read
                 raise RuntimeError(f"DataLoader worker: {error}") from error
-            if isinstance(part, Exception):
-                raise part
-            yield part
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
     try:
         yield read()

@@ -40,7 +40,7 @@ def pyplot() -> Any:
     return pyplot
 
 
-Results = dict[str, dict[str, list[float]]]  # {row: {metric: a value for each seed, or one for all}}
+Scores = dict[str, dict[str, list[float]]]  # {row: {metric: a value for each seed, or one for all}}
 
 
 class Series(NamedTuple):
@@ -91,7 +91,7 @@ def lines(axes: Any, title: str, x: str, y: str, series: dict[str, Series], log:
 
 
 def dots(
-    panels: Sequence[Any], rows: Results, titles: dict[str, str], colours: dict[str, str], mark: float | None = None
+    panels: Sequence[Any], rows: Scores, titles: dict[str, str], colours: dict[str, str], mark: float | None = None
 ) -> None:
     """A panel for each metric in `titles`: rows from top to bottom in their colours, a dot for each seed and a bar at
     the mean of several; and a dashed line at `mark`, on axes that are then the same in all panels.

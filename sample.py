@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from cli import DEVICE, Parser, one_line, out_of_memory, positive, run, seed_num
 from data import walk_images
 from images import to_uint8
 from processes import end_processes, processes, rank, start_processes
-from scene import batches, check_tile, count_tiles, latent_size, translate_scene
+from scene import check_tile, chunks, count_tiles, latent_size, translate_scene
 from scene_files import Source, contact_sheet, write_geotiffs, write_pictures
 from scheduler import SPACINGS
 
@@ -52,10 +53,18 @@ EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)  # may go wrong with
 SHEET_ROWS = 8
 DEFAULT_STEPS, DEFAULT_SPACING = 10, "trailing"  # chosen by results/claims-steps.md; evaluate.py's too
 
-Job = tuple[Source, dict[str, Path]]  # an opened image, and the files of its results by kind
-# Parts of an image at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
-Parts = Iterable[tuple[int, int, Tensor, Tensor | None]]
+# Parts of a translation at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None
+Translation = Iterable[tuple[int, int, Tensor, Tensor | None]]
 Fail = Callable[[Path, Exception], None]  # is told what is wrong with an image
+
+
+class Job(NamedTuple):
+    """What is to be translated."""
+
+    source: Source
+    image: Tensor | None  # (3, H, W) in [-1, 1]; None if it is larger than a tile, and read part by part
+    paths: dict[str, Path]  # of the results, by kind
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Which files
@@ -103,10 +112,12 @@ def open_images(
             rival = taken.setdefault((os.path.realpath(stem), suffix), path)
             if os.path.realpath(rival) != os.path.realpath(path):
                 raise ValueError(f"its results would overwrite those of {str(rival)!r}")
+            large = max(source.height, source.width) > args.tile
+            image = None if large else source.read(0, source.height, 0, source.width)
         except EXPECTED as error:
             fail(path, error)
         else:
-            yield source, paths
+            yield Job(source, image, paths)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -139,28 +150,27 @@ def compile_unet(model: CDiffSET) -> None:
         raise ValueError(f"--compile: torch.compile does not work here: {reason}") from error
 
 
-def translate_images(model: CDiffSET, sources: list[Source], args: argparse.Namespace, bar: tqdm) -> list[Parts]:
-    """Translates images of one padded size, no larger than a tile, in batches; each gives one part."""
+def translate_images(model: CDiffSET, images: list[Tensor], args: argparse.Namespace, bar: tqdm) -> list[Translation]:
+    """Translates images (3, H, W) of one padded size in batches; each gives one part."""
 
     def progress(timesteps: list[int]) -> Iterator[int]:
         for t in timesteps:
             yield t
             bar.update(len(batch))
 
-    sar = [pad_to_multiple(source.read(0, source.height, 0, source.width)[None], model.unit) for source in sources]
-    made = []
-    for batch in batches(list(product(sar, args.seeds)), args.batch_size):
-        images, seeds = zip(*batch)
-        results = model.translate(torch.cat(images), args.steps, seeds, args.spacing, progress)
+    padded, made = [pad_to_multiple(image[None], model.unit) for image in images], []
+    for batch in chunks(list(product(padded, args.seeds)), args.batch_size):
+        sar, seeds = zip(*batch)
+        results = model.translate(torch.cat(sar), args.steps, seeds, args.spacing, progress)
         made.append(torch.cat([x.cpu() for x in results if x is not None], dim=1))  # EO, and confidence if there is
-    parts = []
-    for source, samples in zip(sources, torch.cat(made).split(args.samples)):
-        samples = samples[:, :, : source.height, : source.width]
-        parts.append([(0, 0, samples[:, :3], samples[:, 3:] if samples.shape[1] > 3 else None)])
-    return parts
+    translations = []
+    for image, samples in zip(images, torch.cat(made).split(args.samples)):
+        samples = samples[:, :, : image.shape[1], : image.shape[2]]
+        translations.append([(0, 0, samples[:, :3], samples[:, 3:] if model.has_variance else None)])
+    return translations
 
 
-def translate_large(model: CDiffSET, source: Source, folder: Path, args: argparse.Namespace, bar: tqdm) -> Parts:
+def translate_large(model: CDiffSET, source: Source, folder: Path, args: argparse.Namespace, bar: tqdm) -> Translation:
     """Translates an image larger than a tile, part by part, as they are taken. folder: for temporary files, with the
     results: /tmp is often kept in memory.
     """
@@ -173,22 +183,21 @@ def translate_large(model: CDiffSET, source: Source, folder: Path, args: argpars
 
 def translate_all(
     model: CDiffSET, jobs: Iterable[Job], args: argparse.Namespace, bar: tqdm, fail: Fail
-) -> Iterator[tuple[Job, Parts]]:
+) -> Iterator[tuple[Job, Translation]]:
     """Translates images in order, those of one padded size together."""
-    for size, run_of_jobs in groupby(jobs, lambda job: latent_size(model, job[0].height, job[0].width)):
+    for size, same in groupby(jobs, lambda job: latent_size(model, job.source.height, job.source.width)):
         large = max(size) * model.vae.factor > args.tile
-        together = 1 if large else max(1, args.batch_size // args.samples)
-        while group := list(islice(run_of_jobs, together)):
-            source, paths = group[0]
+        while group := list(islice(same, 1 if large else max(1, args.batch_size // args.samples))):
+            source, _, paths = group[0]
             bar.set_description(repr(source.path.name))
             try:
                 if large:
                     made = [translate_large(model, source, paths["eo"].parent, args, bar)]
                 else:
-                    made = translate_images(model, [source for source, _ in group], args, bar)
+                    made = translate_images(model, [job.image for job in group], args, bar)
             except EXPECTED as error:
-                for source, _ in group:
-                    fail(source.path, error)
+                for job in group:
+                    fail(job.source.path, error)
             else:
                 yield from zip(group, made)
 
@@ -289,12 +298,12 @@ def describe(args: argparse.Namespace, **more: str) -> dict[str, str]:
     return {key: str(value).encode(errors="replace").decode() for key, value in about.items()}
 
 
-def save(source: Source, paths: dict[str, Path], parts: Parts, args: argparse.Namespace) -> None:
+def save(job: Job, translation: Translation, args: argparse.Namespace) -> None:
     """Reduces the samples of an image and writes them, as they come."""
-    paths["eo"].parent.mkdir(parents=True, exist_ok=True)
-    results = ((*place, reduce(eo, confidence, args.reduce)) for *place, eo, confidence in parts)
-    write = write_geotiffs if source.placed else write_pictures
-    write(source, results, paths, describe(args, input=source.path.name))
+    job.paths["eo"].parent.mkdir(parents=True, exist_ok=True)
+    results = ((*place, reduce(eo, confidence, args.reduce)) for *place, eo, confidence in translation)
+    write = write_geotiffs if job.source.placed else write_pictures
+    write(job.source, results, job.paths, describe(args, input=job.source.path.name))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,14 +339,14 @@ def main(arguments: list[str] | None = None) -> int:
     total = len(stems) * args.samples * args.steps
     with tqdm(total=total, unit="step", disable=None if first else True) as bar:
         jobs = open_images(stems, inputs, kinds, args, fail)
-        for (source, paths), parts in translate_all(model, jobs, args, bar, fail):
+        for job, translation in translate_all(model, jobs, args, bar, fail):
             try:
-                save(source, paths, parts, args)
+                save(job, translation, args)
             except EXPECTED as error:
-                fail(source.path, error)
+                fail(job.source.path, error)
             else:
-                done[source.path] = paths
-            source.close()
+                done[job.source.path] = job.paths
+            job.source.close()
     if args.contact_sheet and done and first:
         rows = [{"SAR": path} | paths for path, paths in islice(done.items(), SHEET_ROWS)]
         contact_sheet(args.contact_sheet, rows, args.scale, args.stretch, describe(args))

@@ -32,7 +32,7 @@ from scheduler import DDIMScheduler
 
 NOISE_CHUNK = 2**20  # numbers drawn at a time
 MARGIN = 4  # latent rows that bicubic resizing must see beyond a window: its kernel reaches 2
-Job = tuple[int, slice, slice]  # of a sample, a tile: rows, columns
+Tile = tuple[int, slice, slice]  # number of the sample, rows, columns
 
 
 @torch.inference_mode()
@@ -72,19 +72,19 @@ def translate_scene(
         return pad_to_multiple(image[None].float(), model.unit)[0]
 
     # what the networks do for some tiles at once: (B, C, ...)
-    def encode(jobs: list[Job]) -> Tensor:
-        return model.encode(torch.stack([pixels(*place) for _, *place in jobs]).to(context.device))
+    def encode(tiles: list[Tile]) -> Tensor:
+        return model.encode(torch.stack([pixels(*place) for _, *place in tiles]).to(context.device))
 
-    def predict(t: int, middle: bool, jobs: list[Job]) -> Tensor:
-        sar = torch.stack([z_sar.read(0, *place) for _, *place in jobs]).to(context)
-        noisy = torch.stack([z_t.read(*job) for job in jobs]).to(context)
+    def predict(t: int, middle: bool, tiles: list[Tile]) -> Tensor:
+        sar = torch.stack([z_sar.read(0, *place) for _, *place in tiles]).to(context)
+        noisy = torch.stack([z_t.read(*place) for place in tiles]).to(context)
         prediction, raw = denoise(model.unet, sar, noisy, t, context)
         if middle and raw is not None:
             prediction = torch.cat([prediction.float(), 1 / variance(raw.float())], dim=1)
         return prediction
 
-    def decode(jobs: list[Job]) -> Tensor:
-        return model.decode(torch.stack([z_t.read(*job) for job in jobs]).to(context.device))
+    def decode(tiles: list[Tile]) -> Tensor:
+        return model.decode(torch.stack([z_t.read(*place) for place in tiles]).to(context.device))
 
     def resized(rows: slice, columns: slice) -> Tensor:  # confidence (N, 1, ...) of these latent pixels
         above, before = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)
@@ -106,7 +106,6 @@ def translate_scene(
             progress(1)
         for seed in seeds:
             z_t.append_noise(seed)
-        has_confidence = False
         for i, t in enumerate(scheduler.timesteps.tolist()):
             for rows, columns, outputs in blended(partial(predict, t, i == steps // 2), samples):
                 for n, output in enumerate(outputs):
@@ -115,20 +114,19 @@ def translate_scene(
                     z_t.write(n, rows, columns, scheduler.step(output[:channels], t, x))
                     if len(output) > channels:
                         confidence.write(n, rows, columns, output[channels:])
-                        has_confidence = True
                 progress(samples)
         for rows, columns, eo in blended(decode, samples, factor):
             top, left = rows.start * factor, columns.start * factor
             eo = eo[:, :, : height - top, : width - left].clamp(-1, 1)
-            seen = resized(rows, columns)[:, :, : eo.shape[2], : eo.shape[3]] if has_confidence else None
+            seen = resized(rows, columns)[:, :, : eo.shape[2], : eo.shape[3]] if model.has_variance else None
             progress(samples)
             yield top, left, eo, seen
 
 
-def batches(jobs: list, size: int) -> Iterator[list]:
-    """The jobs in runs of `size`, the last perhaps shorter."""
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
+def chunks(items: list, size: int) -> Iterator[list]:
+    """The items in runs of `size`, the last perhaps shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def check_tile(model: CDiffSET, tile: int) -> None:
@@ -160,7 +158,7 @@ def starts(size: int, tile: int) -> list[int]:
     return [round(i * (size - tile) / gaps) for i in range(gaps + 1)]
 
 
-def weights(size: int, tile: int, scale: int = 1) -> list[Tensor]:
+def tile_weights(size: int, tile: int, scale: int = 1) -> list[Tensor]:
     """The weight of each tile along an axis, (tile * scale,) each: rising and falling as a sine squared over a
     quarter of the tile, and divided by the sum of all tiles' weights there, so that the blend is an average.
     """
@@ -178,7 +176,7 @@ def blend(
     height: int,
     width: int,
     tile: int,
-    compute: Callable[[list[Job]], Tensor],
+    compute: Callable[[list[Tile]], Tensor],
     samples: int = 1,
     scale: int = 1,
     batch: int = 1,
@@ -191,16 +189,15 @@ def blend(
     `below`, what the next tile to the right will share in `beside`.
     """
     tops, lefts = starts(height, tile), starts(width, tile)
-    down, across = weights(height, tile, scale), weights(width, tile, scale)
-    wide = [slice(left, min(left + tile, width)) for left in lefts]
+    down, across = tile_weights(height, tile, scale), tile_weights(width, tile, scale)
     below, carried = None, 0
     for top, bottom, weight in zip(tops, [*tops[1:], height], down):
-        high = slice(top, min(top + tile, height))
-        jobs = [(n, high, columns) for columns in wide for n in range(samples)]
-        tiles = chain.from_iterable(compute(part).float() for part in batches(jobs, batch))
+        rows = slice(top, min(top + tile, height))
+        tiles = [(n, rows, slice(left, min(left + tile, width))) for left in lefts for n in range(samples)]
+        computed = chain.from_iterable(compute(some).float() for some in chunks(tiles, batch))
         done, beside = (bottom - top) * scale, None
         for left, right, weight_x in zip(lefts, [*lefts[1:], width], across):
-            values = torch.stack(list(islice(tiles, samples)))
+            values = torch.stack(list(islice(computed, samples)))
             values *= (weight[:, None] * weight_x).to(values.device)
             if beside is not None:
                 values[..., : beside.shape[3]] += beside

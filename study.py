@@ -185,7 +185,7 @@ def score(study: Study, make: Make) -> dict[str, float]:
     return evaluate.means(rows) | rmse
 
 
-def translating(model: CDiffSET, steps: int = 10, spacing: str = "trailing", samples: int = 1, first: int = 0) -> Make:
+def translator(model: CDiffSET, steps: int = 10, spacing: str = "trailing", samples: int = 1, first: int = 0) -> Make:
     """The mean of so many translations, each from its own noise, of the seeds from `first` on."""
 
     def make(sar: Tensor, numbers: range) -> Tensor:
@@ -195,6 +195,6 @@ def translating(model: CDiffSET, steps: int = 10, spacing: str = "trailing", sam
     return make
 
 
-def painting(model: CDiffSET) -> Make:
+def painter(model: CDiffSET) -> Make:
     """The regression's images."""
     return lambda sar, _: model.decode(regress(model.unet, model, sar))

@@ -101,7 +101,7 @@ def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path) -> 
     return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
 
 
-def load_model(args: argparse.Namespace) -> CDiffSET:
+def starting_model(args: argparse.Namespace) -> CDiffSET:
     """The model to start from, with the channels that the loss needs. Raises ValueError if it does not fit."""
     if args.model == SD_FOLDER and not Path(SD_FOLDER).exists():
         raise ValueError(
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rank() == 0:
         print("\n".join(describe(found)))
         print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} held out (listed in {args.out / 'split.json'})")
-    model = load_model(args)
+    model = starting_model(args)
     options = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     settings = Settings(**options, about=identity(args, found, model))
 

@@ -420,6 +420,22 @@ def test_numbers_that_are_not_finite_are_never_written():
 # Processes
 
 
+def test_an_image_that_cannot_be_read_harms_no_other_of_its_batch(run, tmp_path, monkeypatch):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    read = sample.Source.read
+
+    def damaged(source, *place):
+        if source.path.name == "b.png":  # as a block of a GeoTIFF that the overview has not seen
+            raise OSError("TIFFReadEncodedTile failed")
+        return read(source, *place)
+
+    monkeypatch.setattr(sample.Source, "read", damaged)
+    code, _, err = run("a.png", "b.png", "c.png", "--batch-size", "3")
+    assert code == 2 and "b.png': TIFFReadEncodedTile failed" in err[0]
+    assert sorted(path.name for path in tmp_path.glob("*_eo.png")) == ["a_eo.png", "c_eo.png"]
+
+
 def test_processes_share_the_files_and_end_together_though_one_file_is_damaged(run, model_path, tmp_path):
     for i in range(1, 6, 2):
         save(tmp_path / "in" / f"{i}.png", seed=i)

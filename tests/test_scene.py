@@ -69,7 +69,7 @@ def test_tiles_cover_the_axis_and_overlap_by_a_quarter_or_more(size):
 @pytest.mark.parametrize("size", [7, 16, 20, 100, 333])
 @pytest.mark.parametrize("scale", [1, 4])
 def test_weights_sum_to_one_everywhere_and_vanish_towards_inner_borders(size, scale):
-    total, starts, weights = torch.zeros(size * scale), scene.starts(size, 16), scene.weights(size, 16, scale)
+    total, starts, weights = torch.zeros(size * scale), scene.starts(size, 16), scene.tile_weights(size, 16, scale)
     for start, weight in zip(starts, weights):
         total[start * scale :][: len(weight)] += weight
     assert (total - 1).abs().max() < 1e-6
