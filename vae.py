@@ -51,32 +51,18 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-class DownBlock(nn.Module):
-    """One level of the encoder: residual blocks, then (but at the last level) half the resolution."""
+class Block(nn.Module):
+    """One level: residual blocks, then half (encoder) or twice (decoder) the resolution, but for the last level."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, last: bool):
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, resample: type | None):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
         self.resnets = nn.ModuleList(ResidualBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:]))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, asymmetric=True)])
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)] if resample is Downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if resample is Upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder: residual blocks, then (but at the last level) twice the resolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, last: bool):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(ResidualBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:]))
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.upsamplers]:
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
             x = layer(x)
         return x
 
@@ -84,13 +70,15 @@ class UpBlock(nn.Module):
 class Encoder(nn.Module):
     """Image (B, 3, H, W) -> moments (B, 2 * latent_channels, H/8, W/8)."""
 
-    def __init__(self, in_channels, latent_channels, widths, layers, groups, attention):
+    def __init__(
+        self, in_channels: int, latent_channels: int, widths: list[int], layers: int, groups: int, attention: bool
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock(widths[max(i - 1, 0)], width, layers, groups, last=i == len(widths) - 1)
-            for i, width in enumerate(widths)
-        )
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resample = Downsample if i < len(widths) - 1 else None
+            self.down_blocks.append(Block(widths[max(i - 1, 0)], width, layers, groups, resample))
         self.mid_block = MidBlock(widths[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
@@ -105,15 +93,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent (B, latent_channels, h, w) -> image (B, 3, 8h, 8w). One more residual block a level than the encoder."""
 
-    def __init__(self, out_channels, latent_channels, widths, layers, groups, attention):
+    def __init__(
+        self, out_channels: int, latent_channels: int, widths: list[int], layers: int, groups: int, attention: bool
+    ):
         super().__init__()
         widths = widths[::-1]  # from the lowest resolution up
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, attention)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(widths[max(i - 1, 0)], width, layers + 1, groups, last=i == len(widths) - 1)
-            for i, width in enumerate(widths)
-        )
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resample = Upsample if i < len(widths) - 1 else None
+            self.up_blocks.append(Block(widths[max(i - 1, 0)], width, layers + 1, groups, resample))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
