@@ -251,7 +251,7 @@ def measure(prepare: Callable[[Namespace], Run], args: Namespace, compiled: bool
 
 
 def take_turns(contenders: dict[str, Callable], args: Namespace, bar: tqdm) -> dict[str, dict]:
-    """{contender: its figures}; the seconds of all rounds. One that runs out of memory has an "error" instead."""
+    """{contender: its figures}; the seconds of all rounds. One that did not end well has an "error" instead."""
     results = {}
     for _ in range(args.rounds):
         for name, prepare in contenders.items():
@@ -262,7 +262,7 @@ def take_turns(contenders: dict[str, Callable], args: Namespace, bar: tqdm) -> d
                 seconds = results.get(name, {}).get("seconds", [])
                 results[name] = figures | {"seconds": seconds + figures["seconds"]}
             except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
-                results[name] = {"error": "out of memory"}
+                results[name] = {"error": "out of memory, or killed"}
             bar.update()
     return results
 
@@ -376,7 +376,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=args.rounds * (len(CEILINGS) + sum(map(len, tasks.values()))), unit="turn") as bar:
         reached = take_turns(CEILINGS, Namespace(**vars(args) | {"runs": 5}), bar)
         if any("error" in result for result in reached.values()):
-            raise ValueError("out of memory while the machine's ceilings were measured: close other programs")
+            raise ValueError(
+                "out of memory, or killed, while the machine's ceilings were measured: close other programs"
+            )
         limits = {name: result["flops"] / min(result["seconds"]) for name, result in reached.items()}
         for task, names in tasks.items():
             images = args.batch_size if task == "train" else 1
