@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart. The plots ne
 """
 
 import argparse
-import io
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cli import machine
 from files import atomic
@@ -40,9 +38,6 @@ def pyplot() -> Any:
     return pyplot
 
 
-Scores = dict[str, dict[str, list[float]]]  # {row: {metric: a value for each seed, or one for all}}
-
-
 class Series(NamedTuple):
     """A line of a plot: at each x one value, or one for each seed."""
 
@@ -61,67 +56,32 @@ def plot(path: Path, panels: int, height: float = 2.7) -> Iterator[Sequence[Any]
     plt = pyplot()
     figure, axes = plt.subplots(1, panels, figsize=(7, height), squeeze=False)
     yield axes[0]
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        figure.savefig(temporary)
     plt.close(figure)
-    with Image.open(buffer) as image:
-        save_small(path, np.asarray(image.convert("RGB")))
 
 
 def lines(axes: Any, title: str, x: str, y: str, series: dict[str, Series], log: str = "", columns: int = 1) -> None:
     """Means over the seeds, with the standard deviation as bars. log: which axes are logarithmic, e.g. "xy"; columns:
     of the legend, below.
     """
-    for name, line in series.items():
-        values = np.array(line.values, dtype=np.float64).reshape(len(line.x), -1)
-        spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
-        marker = "o" if line.style == "-" and len(line.x) <= 12 else ""
-        look = {"fmt": line.style + marker, "color": line.colour, "capsize": 2, "elinewidth": 1}
-        axes.errorbar(line.x, values.mean(axis=1), spread, label=name, **look)
     axes.set(title=title, xlabel=x, ylabel=y)
     if "x" in log:
         axes.set_xscale("log")
-        if len(line.x) <= 12:
-            axes.set_xticks(line.x, [f"{tick:g}" for tick in line.x])
-            axes.minorticks_off()
     if "y" in log:
         axes.set_yscale("log")
+    for name, line in series.items():
+        values = np.array(line.values, dtype=np.float64).reshape(len(line.x), -1)
+        spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+        few = len(line.x) <= 12
+        look = {"fmt": line.style + "o" * (few and line.style == "-"), "color": line.colour}
+        axes.errorbar(line.x, values.mean(axis=1), spread, label=name, capsize=2, elinewidth=1, **look)
+        if "x" in log and few:
+            axes.set_xticks(line.x, [f"{tick:g}" for tick in line.x])
+            axes.minorticks_off()
     if sum(not name.startswith("_") for name in series) > 1:
         axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=columns, columnspacing=1, handlelength=1.5)
-
-
-def dots(
-    panels: Sequence[Any], rows: Scores, titles: dict[str, str], colours: dict[str, str], mark: float | None = None
-) -> None:
-    """A panel for each metric in `titles`: rows from top to bottom in their colours, a dot for each seed and a bar at
-    the mean of several; and a dashed line at `mark`, on axes that are then the same in all panels.
-    """
-    for axes, (metric, title) in zip(panels, titles.items()):
-        for y, (name, row) in enumerate(rows.items()):
-            values = row.get(metric, [])
-            several = len(values) > 1
-            axes.plot(values, [y] * len(values), "o", color=colours[name], alpha=0.5 if several else 1, mew=0)
-            if several:
-                axes.plot(np.mean(values), y, "|", color=colours[name], ms=15, mew=2)
-        if mark is not None:
-            every = [mark, *(value for row in rows.values() for metric in titles for value in row.get(metric, []))]
-            axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
-            axes.set_xlim(min(every) - 0.05, max(every) + 0.05)
-        axes.set(title=title, ylim=(len(rows) - 0.4, -0.6))
-        axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color="#E5E5E5")
-        axes.set_axisbelow(True)
-        axes.locator_params(axis="x", nbins=4)
-        axes.margins(x=0.15)
-
-
-def save_small(path: Path, picture: np.ndarray) -> None:
-    """Writes a picture, uint8 (H, W, 3), as a PNG of 128 colours: a third of the size, and hardly to be seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    few = Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE)
-    with atomic(path) as temporary:
-        few.save(temporary, optimize=True)
 
 
 def origin(script: str, arguments: list[str] | None, args: argparse.Namespace) -> dict[str, Any]:
