@@ -130,15 +130,15 @@ class CDiffSET(nn.Module):
         path: str | Path,
         unet: str | Path | None = None,
         *,
-        variance: bool = True,
+        variance_channel: bool = True,
         prediction_type: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "CDiffSET":
         """Loads a diffusers folder or an original single file.
 
         unet: a safetensors file whose U-Net replaces that of `path` (the released checkpoints).
-        variance: whether a base Stable Diffusion (4 channels in, 4 out) is given the fifth output channel beside
-            the wider input; False for stage 1 of the training. A C-DiffSET model is taken as it is.
+        variance_channel: whether a base Stable Diffusion (4 channels in, 4 out) is given the fifth output channel
+            beside the wider input; False for stage 1 of the training. A C-DiffSET model is taken as it is.
         prediction_type: "epsilon", "v_prediction" or "sample", where the path does not tell or tells wrong.
         Raises ValueError naming the file and the first tensors concerned if anything does not fit.
         """
@@ -161,7 +161,7 @@ class CDiffSET(nn.Module):
         if channels == (latent, latent):
             model.from_base = True
             widen_input(network)
-            if variance:
+            if variance_channel:
                 add_variance_channel(network)
         elif channels not in ((2 * latent, latent), (2 * latent, latent + 1)):
             raise ValueError(

@@ -1,17 +1,16 @@
 """The paper's claims, and what to hold against them, each as a command that ends in a small table and a plot.
 
-    vae          one VAE holds SAR and EO images in one latent space, also under speckle
-    pretraining  starting from the pretrained network beats starting from scratch, at equal steps
-    loss         C-Diff beats plain L2, where the two images disagree and elsewhere
-    steps        how quality grows with the number of denoising steps, by their spacing; and the time
-    regression   a baseline: the same network, trained equally long, painting the EO image in one pass (L1)
+    vae         one VAE holds SAR and EO images in one latent space, also under speckle
+    trainings   starting from the pretrained network beats starting from scratch; C-Diff beats plain L2, where the two
+                images disagree and elsewhere; beside them the same network painting the EO image in one pass (L1)
+    steps       how quality grows with the number of denoising steps, by their spacing; and the time
 
-    python claims.py loss --data sen12-synthetic/ --base models/small-base
+    python claims.py trainings --data sen12-synthetic/ --base models/small-base
 
-Trainings are kept in --runs and shared: `loss` and `regression` compare with runs of `pretraining`. The same command
-goes on where it was stopped. All trainings see the same pairs (the split of seed 0, by which pretrain.py made the base
-model); seeds change their order, crops and noise. All are scored on the same held-out pairs with the same noise.
-Written to --out: claims-NAME.json (each seed), claims-NAME.md (mean and standard deviation over the seeds) and .png.
+Trainings are kept in --runs, and the same command goes on where it was stopped. All see the same pairs (the split of
+seed 0, by which pretrain.py made the base model); seeds change their order, crops and noise. All are scored on the same
+held-out pairs with the same noise. Written to --out: claims-NAME.json (each seed), claims-NAME.md (mean and standard
+deviation over the seeds) and .png.
 """
 
 import argparse
@@ -29,40 +28,41 @@ import synth
 from cdiffset import CDiffSET
 from checkpoint import read_table
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
-from data import evenly, find_pairs, held_out_pairs
+from data import Pair, dataset_name, evenly, find_pairs, held_out_pairs, split_pairs
 from files import atomic, write_json
 from metrics import psnr
-from report import BLUE, GREEN, GREY, ORANGE, Scores, Series, dots, lines, markdown, origin, plot, pyplot
+from report import BLUE, GREEN, GREY, ORANGE, Series, lines, markdown, origin, plot, pyplot
 from sample import load_model
-from study import ARMS, BATCH, CHANGES, Study, open_study, painter, prediction_error, score, trained, translator
+from study import ARMS, BATCH, painter, prediction_error, score, trained, translator
 from yardsticks import look_up
 
 LOOKS = {8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 look"}
 CLEAN = 10_000  # looks: next to no speckle
 ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: none that the model was trained on
 STEPS = (1, 2, 4, 10, 25, 50)
-SAMPLES = 4  # translations whose mean stands beside the regression
+SAMPLES = 4  # translations whose mean stands beside one
 
-TITLES = {
-    "psnr": "PSNR, dB ↑",
-    "ssim": "SSIM ↑",
-    "scc": "SCC ↑",
-    "land_cover": "land cover agreement ↑",
-    "rmse_unchanged": "RMSE, unchanged ↓",
-    "rmse_sar_only": "RMSE, only in SAR ↓",
-    "rmse_eo_only": "RMSE, only in EO ↓",
-    "prediction_error": "prediction error ↓",
-    "seconds": "seconds an image ↓",
-    "psnr_eo": "PSNR of EO, dB ↑",
-    "psnr_sar": "PSNR of SAR, dB ↑",
-    "psnr_clean": "SAR to its clean image, dB ↑",
-    "psnr_speckled": "the same, before the VAE, dB",
-    "distance": "distance SAR-EO ↓",
-    "correlation": "correlation to clean SAR ↑",
+QUALITY = {"psnr": "PSNR, dB ↑", "ssim": "SSIM ↑", "scc": "SCC ↑", "land_cover": "land cover agreement ↑"}
+TITLES = {  # the columns of each table
+    "vae": {
+        "psnr_eo": "PSNR of EO, dB ↑",
+        "psnr_sar": "PSNR of SAR, dB ↑",
+        "psnr_clean": "SAR to its clean image, dB ↑",
+        "psnr_speckled": "the same, before the VAE, dB",
+        "distance": "distance SAR-EO ↓",
+        "correlation": "correlation to clean SAR ↑",
+    },
+    "trainings": QUALITY
+    | {
+        "rmse_unchanged": "RMSE, unchanged ↓",
+        "rmse_sar_only": "RMSE, only in SAR ↓",
+        "rmse_eo_only": "RMSE, only in EO ↓",
+        "prediction_error": "prediction error ↓",
+    },
+    "steps": QUALITY | {"seconds": "seconds an image ↓"},
 }
 
-ONE_SAMPLE, MEAN_OF_SAMPLES, LOOK_UP = "C-Diff, one sample", f"C-Diff, mean of {SAMPLES} samples", "colour look-up"
-COLOURS = {arm.title: arm.colour for arm in ARMS.values()} | {ONE_SAMPLE: BLUE, MEAN_OF_SAMPLES: BLUE, LOOK_UP: GREY}
+Scores = dict[str, dict[str, list[float]]]  # {row of the table: {metric: a value for each seed}}
 
 
 def collect(results: Scores, row: str, scores: dict[str, float]) -> None:
@@ -71,16 +71,11 @@ def collect(results: Scores, row: str, scores: dict[str, float]) -> None:
         results.setdefault(row, {}).setdefault(metric, []).append(value)
 
 
-def titled(results: Scores, *metrics: str) -> dict[str, str]:
-    """The titles of those of the metrics that were measured."""
-    return {metric: TITLES[metric] for metric in metrics if any(metric in row for row in results.values())}
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The VAE
 
 
-def vae(args: argparse.Namespace, picture: Path) -> Scores:
+def vae(args: argparse.Namespace) -> Scores:
     """Reconstructions and latents of scenes drawn with more or less speckle; --limit scenes a seed.
 
     The floor is the distance between two halves of the EO images.
@@ -100,6 +95,11 @@ def vae(args: argparse.Namespace, picture: Path) -> Scores:
                 collect(results, name, {"correlation": correlation(z_sar, z_clean)})
             collect(results, name, {"distance": frechet(z_sar, z_eo)})
         collect(results, "floor", {"distance": frechet(z_eo[::2], z_eo[1::2])})
+    return results
+
+
+def draw_vae(_args: argparse.Namespace, results: Scores, picture: Path) -> None:
+    """Reconstruction, distance and correlation by the number of looks."""
 
     def line(metric: str, colour: str, style: str = "-") -> Series:
         return Series(list(LOOKS), [results[name][metric] for name in LOOKS.values()], colour, style)
@@ -112,7 +112,6 @@ def vae(args: argparse.Namespace, picture: Path) -> Scores:
         lines(left, "reconstruction", "looks", "PSNR, dB", quality, "x", columns=2)
         lines(middle, "latent statistics", "looks", "Fréchet distance", distances, "x")
         lines(right, "latents of SAR", "looks", "correlation to clean", {"": line("correlation", ORANGE)}, "x")
-    return results
 
 
 @torch.inference_mode()
@@ -142,83 +141,63 @@ def correlation(z: Tensor, other: Tensor) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Comparisons
+# Trainings
+
+MEAN_OF_SAMPLES, LOOK_UP = f"C-Diff, pretrained, mean of {SAMPLES} samples", "colour look-up"
 
 
-def compared(args: argparse.Namespace, names: list[str]) -> Scores:
-    """Trains and scores the arms, all seeds."""
-    study, results = open_study(args), {}
-    for name in names:
+def trainings(args: argparse.Namespace) -> Scores:
+    """Trains and scores all arms, all seeds; beside them the mean of several samples, and the colour look-up."""
+    found, results = find_pairs(args.data), {}
+    train, test = split_pairs(found.pairs)
+    held_out, args.data_name = evenly(test, args.limit), dataset_name(found, args.data)
+    for name, arm in ARMS.items():
         for seed in args.seeds:
-            model = trained(name, seed, study)
-            error = prediction_error(model, name, study)
-            collect(results, ARMS[name].title, score(study, translator(model)) | {"prediction_error": error})
+            model = trained(name, seed, train, held_out, args)
+            if arm.loss == "l1":
+                collect(results, arm.title, score(held_out, painter(model), args))
+                continue
+            collect(results, arm.title, score(held_out, translator(model), args))
+            collect(results, arm.title, {"prediction_error": prediction_error(model, arm, held_out, args)})
+            if name == "cdiff":
+                collect(results, MEAN_OF_SAMPLES, score(held_out, translator(model, samples=SAMPLES), args))
+    _, colours = evaluate.training_colours(train)
+    collect(results, LOOK_UP, score(held_out, lambda sar, _: look_up(colours, sar.cpu()), args))
     return results
 
 
-def pretraining(args: argparse.Namespace, picture: Path) -> Scores:
-    """C-Diff from the base's U-Net, and from random weights; the plot shows the error while they learn."""
-    names, curves = ["cdiff", "scratch"], {}
-    results = compared(args, names)
-    for name in names:
-        logs = [read_table(args.runs / f"{name}-{seed}" / "validation.csv") for seed in args.seeds]
-        errors = [[row["error"] for row in rows] for rows in zip(*logs)]
-        curves[ARMS[name].title] = Series([row["step"] for row in logs[0]], errors, ARMS[name].colour)
-    with plot(picture, 3) as (left, *others):
-        lines(left, "while they learn", "training step", "error of the prediction", curves)
-        dots(others, results, titled(results, "psnr", "ssim"), COLOURS)
-    return results
+def draw_trainings(args: argparse.Namespace, _results: Scores, picture: Path) -> None:
+    """How the error of the prediction falls while they learn."""
+    curves = {}
+    for name, arm in ARMS.items():
+        if arm.loss != "l1":  # whose error is another one
+            logs = [read_table(args.runs / f"{name}-{seed}" / "validation.csv") for seed in args.seeds]
+            errors = [[row["error"] for row in rows] for rows in zip(*logs)]
+            curves[arm.title] = Series([row["step"] for row in logs[0]], errors, arm.colour)
+    with plot(picture, 1) as (axes,):
+        lines(axes, "", "training step", "error of the prediction", curves, columns=len(curves))
 
 
-def loss(args: argparse.Namespace, picture: Path) -> Scores:
-    """C-Diff and L2, from the same base."""
-    results = compared(args, ["cdiff", "mse"])
-    metrics = titled(results, "psnr", *CHANGES)
-    with plot(picture, len(metrics), 1.6) as panels:
-        dots(panels, results, metrics, COLOURS)
-    return results
+# ----------------------------------------------------------------------------------------------------------
+# Steps
 
 
-def regression(args: argparse.Namespace, picture: Path) -> Scores:
-    """One pass of the same network, beside diffusion (one sample, and the mean of several) and the colour look-up."""
-    study, results = open_study(args), {}
-    for seed in args.seeds:
-        model, diffusion = trained("regression", seed, study), trained("cdiff", seed, study)
-        collect(results, ARMS["regression"].title, score(study, painter(model)))
-        collect(results, ONE_SAMPLE, score(study, translator(diffusion)))
-        collect(results, MEAN_OF_SAMPLES, score(study, translator(diffusion, samples=SAMPLES)))
-    _, colours = evaluate.training_colours(study.train)
-    collect(results, LOOK_UP, score(study, lambda sar, _: look_up(colours, sar.cpu())))
-    metrics = titled(results, "psnr", "ssim", "land_cover")
-    with plot(picture, len(metrics), 2) as panels:
-        dots(panels, results, metrics, COLOURS)
-    return results
-
-
-def steps(args: argparse.Namespace, picture: Path) -> Scores:
+def steps(args: argparse.Namespace) -> Scores:
     """Quality of --model's translations by steps and spacing; the seeds are of the noise."""
-    model = load_model(args.model, None, "float32", args.device)
-    train_pairs, test, _ = held_out_pairs(find_pairs(args.data).pairs, args.model)
-    study, results = Study(args, "", train_pairs, evenly(test, args.limit)), {}
+    model, results = load_model(args.model, None, "float32", args.device), {}
+    held_out = evenly(held_out_pairs(find_pairs(args.data).pairs, args.model)[1], args.limit)
     for spacing in ("leading", "trailing"):
         for number in tqdm(STEPS, desc=spacing):
             for seed in args.seeds:
-                collect(results, f"{spacing}, {number}", score_steps(model, study, number, spacing, seed))
-
-    metrics = titled(results, "psnr", "ssim", "land_cover")
-    with plot(picture, len(metrics)) as panels:
-        for axes, (metric, title) in zip(panels, metrics.items()):
-            series = {
-                spacing: Series(STEPS, [results[f"{spacing}, {number}"][metric] for number in STEPS], colour)
-                for spacing, colour in (("leading", BLUE), ("trailing", ORANGE))
-            }
-            lines(axes, "", "denoising steps", title, series, "x")
+                collect(results, f"{spacing}, {number}", score_steps(model, held_out, number, spacing, seed, args))
     return results
 
 
-def score_steps(model: CDiffSET, study: Study, number: int, spacing: str, seed: int) -> dict[str, float]:
+def score_steps(
+    model: CDiffSET, pairs: list[Pair], number: int, spacing: str, seed: int, args: argparse.Namespace
+) -> dict[str, float]:
     """The scores with one setting, and the seconds an image took in the fastest batch, the least disturbed."""
-    translate, took = translator(model, number, spacing, first=seed * len(study.held_out)), []
+    translate, took = translator(model, number, spacing, first=seed * len(pairs)), []
 
     def make(sar: Tensor, numbers: range) -> Tensor:
         began = time.perf_counter()
@@ -226,14 +205,26 @@ def score_steps(model: CDiffSET, study: Study, number: int, spacing: str, seed: 
         took.append((time.perf_counter() - began) / len(sar))
         return made
 
-    return score(study, make) | {"seconds": min(took)}
+    return score(pairs, make, args) | {"seconds": min(took)}
+
+
+def draw_steps(_args: argparse.Namespace, results: Scores, picture: Path) -> None:
+    """Three metrics by the number of steps. One leading step is left out: it would flatten all that the rest says."""
+    shown = {"leading": (STEPS[1:], BLUE), "trailing": (STEPS, ORANGE)}
+    metrics = [metric for metric in ("psnr", "ssim", "land_cover") if metric in results[f"leading, {STEPS[0]}"]]
+    with plot(picture, len(metrics)) as panels:
+        for axes, metric in zip(panels, metrics):
+            series = {
+                spacing: Series(numbers, [results[f"{spacing}, {number}"][metric] for number in numbers], colour)
+                for spacing, (numbers, colour) in shown.items()
+            }
+            lines(axes, "", "denoising steps", QUALITY[metric], series, "x")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The program
 
-CLAIMS = {"vae": vae, "pretraining": pretraining, "loss": loss, "steps": steps, "regression": regression}
-TRAINED = ("pretraining", "loss", "regression")
+CLAIMS = {"vae": (vae, draw_vae), "trainings": (trainings, draw_trainings), "steps": (steps, draw_steps)}
 
 
 def cell(values: list[float]) -> str:
@@ -242,11 +233,11 @@ def cell(values: list[float]) -> str:
     return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def table(results: Scores, claim: str) -> str:
-    """Markdown; what a row was not measured for stays empty. Errors by kind of change are told where they matter."""
-    metrics = titled(results, *(metric for metric in TITLES if claim == "loss" or metric not in CHANGES))
-    rows = {name: {metrics[m]: cell(row[m]) for m in metrics if m in row} for name, row in results.items()}
-    return markdown("", rows, metrics.values())
+def table(results: Scores, titles: dict[str, str]) -> str:
+    """Markdown, of the metrics in `titles` that were measured; what a row was not measured for stays empty."""
+    rows = {name: {titles[m]: cell(row[m]) for m in titles if m in row} for name, row in results.items()}
+    columns = [title for title in titles.values() if any(title in row for row in rows.values())]
+    return markdown("", rows, columns)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -279,7 +270,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--data is needed")
     if args.limit == 1 and args.claim == "vae":
         parser.error("--limit must be 2 or more: two halves of the scenes are compared")
-    size, limit = (64, 256) if args.claim in TRAINED else (128, 64)
+    size, limit = (64, 256) if args.claim == "trainings" else (128, 64)
     args.size, args.limit = args.size or size, args.limit or limit
     return args
 
@@ -291,16 +282,19 @@ def main(arguments: list[str] | None = None) -> int:
     pyplot()  # now, rather than after an hour, if it is not there
     stem = args.out / f"claims-{args.claim}"
     source = origin("claims.py", arguments, args)
-    results = CLAIMS[args.claim](args, stem.with_suffix(".png"))
+    measure, draw = CLAIMS[args.claim]
+    results = measure(args)
+    draw(args, results, stem.with_suffix(".png"))
     write_json(stem.with_suffix(".json"), source | {"results": results})
     what = "scenes a seed" if args.claim == "vae" else "held-out pairs at most"
     notes = f"{args.limit} {what} of {args.size} pixels"
     if len(args.seeds) > 1:
         notes += f"; mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}"
     about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
+    rows = table(results, TITLES[args.claim])
     with atomic(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{table(results, args.claim)}\n{notes}. {about}\n", encoding="utf-8")
-    print(table(results, args.claim), end="")
+        temporary.write_text(f"{rows}\n{notes}. {about}\n", encoding="utf-8")
+    print(rows, end="")
     print(f"wrote {stem}.json, .md and .png")
     return 0
 

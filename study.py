@@ -1,6 +1,6 @@
-"""Trainings that are compared, and how they are scored: what the commands of claims.py share.
+"""Trainings that are compared, and how they are scored: what claims.py needs for `trainings` and `steps`.
 
-name of an arm, seed -> start -> train (kept in a folder; goes on where it was stopped) -> score
+name of an arm, seed -> start -> trained (kept in a folder; goes on where it was stopped) -> score
 """
 
 import argparse
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evaluate
-from cdiffset import CDiffSET, add_variance_channel, widen_input
+from cdiffset import CDiffSET, add_variance_channel, denoise
 from checkpoint import Settings, run_folder
-from data import Pair, PairDataset, dataset_name, evenly, find_pairs, mask_path, read_batches, read_mask, split_pairs
+from data import Pair, PairDataset, evenly, mask_path, read_batches, read_mask
 from loop import fit, precision
-from report import BLUE, GREEN, ORANGE, PURPLE
+from report import BLUE, GREEN, GREY, ORANGE
 from train import MEASURED_AT, objective
 from unet import UNet
-from weights import build, network_digest, open_model
+from weights import network_digest
 
 BATCH = 16  # images at a time, where nothing is trained
 VALIDATIONS, VALIDATED = 10, 32  # of a training, and the images of each
@@ -45,55 +45,31 @@ ARMS = {
     "cdiff": Arm("C-Diff, pretrained", BLUE, True, "cdiff"),
     "scratch": Arm("C-Diff, from scratch", ORANGE, False, "cdiff"),
     "mse": Arm("L2, pretrained", GREEN, True, "mse"),
-    "regression": Arm("direct regression (L1)", PURPLE, True, "l1"),
+    "regression": Arm("direct regression (L1), pretrained", GREY, True, "l1"),
 }
-
-
-class Study(NamedTuple):
-    """Which pairs are trained on and scored, cropped to args.size; `data` tells the dataset from others."""
-
-    args: argparse.Namespace
-    data: str
-    train: list[Pair]
-    held_out: list[Pair]
-
-
-def open_study(args: argparse.Namespace) -> Study:
-    """The pairs: those of the split of seed 0, by which pretrain.py made the base model."""
-    found = find_pairs(args.data)
-    train_pairs, test = split_pairs(found.pairs)
-    return Study(args, dataset_name(found, args.data), train_pairs, evenly(test, args.limit))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Trainings
 
 
 def start(base: Path, arm: Arm, seed: int) -> CDiffSET:
     """The model to train: the base's VAE, and its U-Net or (not pretrained) one with random weights of the seed.
 
-    The regression keeps the 4 input and output channels. Raises ValueError if `base` is no base model.
+    Raises ValueError if `base` is no base model.
     """
-    model = CDiffSET.from_pretrained(base, variance=False)
+    model = CDiffSET.from_pretrained(base, variance_channel=False)
     if not model.from_base:
         raise ValueError(f"{base} is a C-DiffSET model already: --base is a model to start from, as pretrain.py writes")
-    unet = build(UNet, open_model(base)["unet"])
     if not arm.pretrained:
         torch.manual_seed(seed)
-        unet = UNet(**unet.config)
-    if arm.loss != "l1":
-        widen_input(unet)
+        model.unet = UNet(**model.unet.config)
     if arm.loss == "cdiff":
-        add_variance_channel(unet)
-    model.unet = unet.eval()
-    return model
+        add_variance_channel(model.unet)
+    return model.eval()
 
 
 def regress(unet: nn.Module, model: CDiffSET, sar: Tensor) -> Tensor:
-    """The EO latent (B, 4, h, w) of SAR images (B, 3, H, W), in one pass, at timestep 0."""
+    """The EO latent (B, 4, h, w) of SAR images (B, 3, H, W) in one pass: the SAR latent in both places, timestep 0."""
     with torch.no_grad():
         z_sar = model.encode(sar).float()
-    return unet(z_sar, 0, model.prompt_embedding).float()
+    return denoise(unet, z_sar, z_sar, 0, model.prompt_embedding)[0].float()
 
 
 def regression_loss(model: CDiffSET) -> Callable[[nn.Module, list[Tensor], list[int]], Tensor]:
@@ -108,29 +84,29 @@ def regression_loss(model: CDiffSET) -> Callable[[nn.Module, list[Tensor], list[
     return loss
 
 
-def trained(name: str, seed: int, study: Study) -> CDiffSET:
+def trained(name: str, seed: int, train: list[Pair], held_out: list[Pair], args: argparse.Namespace) -> CDiffSET:
     """The model of an arm, in evaluation mode: trained now, or read if that was done. Its folder is --runs/NAME-SEED.
 
     SystemExit if a signal stops it; ValueError if the folder holds a training with other settings.
     """
-    args, arm = study.args, ARMS[name]
+    arm = ARMS[name]
     model = start(args.base, arm, seed).to(args.device)
     model.vae.requires_grad_(False)
-    about = {"data": study.data, "size": args.size, "arm": name}
+    about = {"data": args.data_name, "size": args.size, "limit": args.limit, "arm": name}
     about |= {"vae": network_digest(model.vae), "first weights": network_digest(model.unet)}
     settings = Settings(
         args.runs / f"{name}-{seed}", args.train_steps, args.batch_size, args.lr, dtype=args.dtype, seed=seed,
         resume=True, keep=1, save_every=250, validate_every=max(1, args.train_steps // VALIDATIONS), about=about,
     )  # fmt: skip
-    few = study._replace(held_out=study.held_out[:VALIDATED])
+    few = evenly(held_out, VALIDATED)
 
     def validate(_step: int) -> dict[str, float]:
-        error = prediction_error(model, name, few)
+        error = prediction_error(model, arm, few, args)
         return {"score": -error, "error": error}
 
     loss = regression_loss(model) if arm.loss == "l1" else objective(model, arm.loss, seed, cached=False)
     with run_folder(settings):
-        code = fit(model.unet, loss, PairDataset(study.train, args.size, seed), settings, validate)
+        code = fit(model.unet, loss, PairDataset(train, args.size, seed), settings, validate)
     if code:
         raise SystemExit(code)
     return model.eval()
@@ -140,23 +116,23 @@ def trained(name: str, seed: int, study: Study) -> CDiffSET:
 # Scores
 
 
-def held_out(study: Study) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """The held-out pairs in batches: their numbers, and SAR and EO images (B, 3, size, size) on the device."""
-    images = PairDataset(study.held_out, study.args.size, train=False)
+def in_batches(pairs: list[Pair], args: argparse.Namespace) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """The pairs' numbers, and their SAR and EO images (B, 3, size, size) on the device."""
+    images = PairDataset(pairs, args.size, train=False)
     for numbers, *batch in read_batches(images.__getitem__, len(images), BATCH):
-        yield numbers, *(x.to(study.args.device) for x in batch)
+        yield numbers, *(x.to(args.device) for x in batch)
 
 
 @torch.inference_mode()
-def prediction_error(model: CDiffSET, name: str, study: Study) -> float:
-    """How wrong the network is on the held-out pairs: the mean squared error of its prediction at train.py's four
-    timesteps, with the same noise for all models; of a regression, the mean absolute error of the latent.
+def prediction_error(model: CDiffSET, arm: Arm, pairs: list[Pair], args: argparse.Namespace) -> float:
+    """How wrong the network is: the mean squared error of its prediction at train.py's four timesteps, with the same
+    noise for all models; of a regression, the mean absolute error of the latent.
     """
     errors = []
-    for numbers, sar, eo in held_out(study):
-        with precision(study.args.device, study.args.dtype):
+    for numbers, sar, eo in in_batches(pairs, args):
+        with precision(args.device, args.dtype):
             z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
-            if ARMS[name].loss == "l1":
+            if arm.loss == "l1":
                 errors.append((regress(model.unet, model, sar) - z_eo).abs().mean(dim=(1, 2, 3)))
             else:
                 squared = [model.noise_error(z_sar, z_eo, t, numbers)[0] for t in MEASURED_AT]
@@ -165,19 +141,19 @@ def prediction_error(model: CDiffSET, name: str, study: Study) -> float:
 
 
 @torch.inference_mode()
-def score(study: Study, make: Make) -> dict[str, float]:
-    """The mean metrics of what is made of the held-out pairs; and where there are change masks, the RMSE in levels of
-    0..255, over all pixels of each kind that occurs.
+def score(pairs: list[Pair], make: Make, args: argparse.Namespace) -> dict[str, float]:
+    """The mean metrics of what is made of the pairs; and where there are change masks, the RMSE in levels of 0..255,
+    over all pixels of each kind that occurs.
     """
     rows, squares, pixels = [], Counter(), Counter()
-    for numbers, sar, eo in held_out(study):
-        with precision(study.args.device, study.args.dtype):
+    for numbers, sar, eo in in_batches(pairs, args):
+        with precision(args.device, args.dtype):
             made = make(sar, numbers).float().clamp(-1, 1).cpu()
-        eo, pairs = eo.cpu(), [study.held_out[i] for i in numbers]
-        rows += evaluate.score(made, eo, pairs)
-        for pair, error in zip(pairs, np.square(127.5 * (made - eo).numpy()).mean(axis=1)):
+        eo, some = eo.cpu(), [pairs[i] for i in numbers]
+        rows += evaluate.score(made, eo, some)
+        for pair, error in zip(some, np.square(127.5 * (made - eo).numpy()).mean(axis=1)):
             if mask_path(pair, "change"):
-                change = read_mask(pair, "change", study.args.size)
+                change = read_mask(pair, "change", args.size)
                 for name, kind in CHANGES.items():
                     squares[name] += float(error[change == kind].sum())
                     pixels[name] += np.count_nonzero(change == kind)
@@ -186,7 +162,9 @@ def score(study: Study, make: Make) -> dict[str, float]:
 
 
 def translator(model: CDiffSET, steps: int = 10, spacing: str = "trailing", samples: int = 1, first: int = 0) -> Make:
-    """The mean of so many translations, each from its own noise, of the seeds from `first` on."""
+    """The mean of so many translations, each from its own noise: no two images or samples share a seed, the lowest of
+    which is `first`.
+    """
 
     def make(sar: Tensor, numbers: range) -> Tensor:
         seeds = [[first + i * samples + k for i in numbers] for k in range(samples)]

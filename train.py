@@ -109,7 +109,7 @@ def starting_model(args: argparse.Namespace) -> CDiffSET:
             "(pip install huggingface_hub), or start from the small model with --model models/tiny"
         )
     model = CDiffSET.from_pretrained(
-        args.model, args.unet, variance=args.loss == "cdiff", prediction_type=args.prediction_type
+        args.model, args.unet, variance_channel=args.loss == "cdiff", prediction_type=args.prediction_type
     )
     if args.loss == "cdiff" and not model.has_variance:
         add_variance_channel(model.unet)  # stage 2 begins

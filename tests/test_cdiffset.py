@@ -254,7 +254,7 @@ def test_a_base_model_gets_the_surgery_and_says_so(base):
 
 
 def test_a_base_model_for_stage_one_gets_no_variance_channel(base):
-    model = CDiffSET.from_pretrained(base, variance=False)
+    model = CDiffSET.from_pretrained(base, variance_channel=False)
     assert model.from_base
     assert (model.unet.conv_in.in_channels, model.unet.conv_out.out_channels) == (8, 4)
 

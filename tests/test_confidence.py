@@ -246,7 +246,7 @@ def test_data_without_masks_gets_calibration_and_the_error_curve(dataset, model,
 
 def test_a_model_without_a_variance_is_refused(dataset, model, tmp_path):
     pytest.importorskip("matplotlib")
-    stage_1 = CDiffSET.from_pretrained(model.parent / "base", variance=False)
+    stage_1 = CDiffSET.from_pretrained(model.parent / "base", variance_channel=False)
     stage_1.save_pretrained(tmp_path / "stage1")
     with pytest.raises(ValueError, match="no variance channel: train it further"):
         confidence.main(["--data", str(dataset), "--model", str(tmp_path / "stage1"), "--device", "cpu"])

@@ -73,7 +73,7 @@ def assert_close_run(out, other):
 
 @pytest.mark.parametrize("kind", ["cdiff", "mse"])
 def test_the_loss_of_a_batch_is_the_paper_s(base, kind):
-    model = CDiffSET.from_pretrained(base, variance=kind == "cdiff").float()
+    model = CDiffSET.from_pretrained(base, variance_channel=kind == "cdiff").float()
     if kind == "cdiff":
         torch.nn.init.normal_(model.unet.conv_out.weight[4:], std=0.1)
     sar, eo = torch.rand(2, 3, 3, 16, 16) * 2 - 1
