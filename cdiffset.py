@@ -240,8 +240,7 @@ class CDiffSET(nn.Module):
                 z_t = scheduler.step(prediction.float(), t, z_t)
         eo = self.decode(z_t).float().clamp(-1, 1)[:, :, :height, :width]
         if confidence is not None:
-            confidence = F.interpolate(confidence, size=padded.shape[2:], mode="bicubic", align_corners=False)
-            confidence = confidence[:, :, :height, :width]
+            confidence = resize_confidence(confidence, padded.shape[2:])[:, :, :height, :width]
         return eo, confidence
 
     @torch.inference_mode()
@@ -253,7 +252,7 @@ class CDiffSET(nn.Module):
         (B, 1, h, w) float32; None from a model without a variance channel.
         """
         noise = torch.cat([initial_noise(seed, z_eo.shape[1:]) for seed in seeds]).to(z_eo)
-        z_t = self.scheduler.add_noise(z_eo, noise, t)
+        z_t = self.scheduler.add_noise(z_eo, noise, t).to(z_sar.dtype)
         prediction, raw = denoise(self.unet, z_sar, z_t, t, self.prompt_embedding)
         error = (prediction.float() - self.scheduler.target(z_eo, noise, t)).square().mean(dim=1, keepdim=True)
         return error, None if raw is None else variance(raw.float())
@@ -278,8 +277,12 @@ def pad_to_multiple(image: Tensor, unit: int) -> Tensor:
     on an axis that is too short to reflect.
     """
     height, width = image.shape[2:]
-    for pad, size, right in ((-width % unit, width, True), (-height % unit, height, False)):
-        if pad:
-            amount = (0, pad, 0, 0) if right else (0, 0, 0, pad)
-            image = F.pad(image, amount, mode="reflect" if pad < size else "replicate")
-    return image
+    below, right = -height % unit, -width % unit
+    image = F.pad(image, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
+    return F.pad(image, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
+
+
+def resize_confidence(confidence: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, 1, h, w) -> (B, 1, *size), bicubically as in the paper, but never below the least that there is."""
+    resized = F.interpolate(confidence, size=tuple(size), mode="bicubic", align_corners=False)
+    return resized.clamp(min=1 / VARIANCE_MAX)

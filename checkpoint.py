@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cli import out_of_memory
-from files import atomic, exclusive, refuse_no_file
+from files import atomic, differences, exclusive, require_file
 from processes import processes, rank
 from stored import check_names, open_tensors, save_tensors
 
@@ -95,10 +95,8 @@ def check_run(settings: Settings) -> None:
         return
     if not settings.resume:
         raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
-    was, wanted = read_header(kept[-1])["settings"], settings.identity()
-    changed = [f"{key} {was.get(key)} is now {value}" for key, value in wanted.items() if was.get(key) != value]
-    if changed:
-        raise ValueError(f"{out} was made with other settings ({', '.join(changed)}): resume with the same")
+    if changed := differences(read_header(kept[-1])["settings"], settings.identity()):
+        raise ValueError(f"{out} was made with other settings ({changed}): resume with the same")
 
 
 @contextmanager
@@ -135,7 +133,7 @@ def last_checkpoint(out: Path) -> str:
 def read_header(path: Path) -> dict:
     """The step and settings of a checkpoint. Raises ValueError if it cannot be read."""
     try:
-        refuse_no_file(path)
+        require_file(path)
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["training"])
         match header:
@@ -272,7 +270,7 @@ def read_table(path: Path) -> list[dict[str, float]]:
     """The rows of a log; none if it is not there. Raises ValueError if it is no such table."""
     if not path.exists():
         return []
-    refuse_no_file(path)
+    require_file(path)
     try:
         with path.open() as file:
             lines = [line for line in file if line.endswith("\n")]  # a full disk may have cut the last one

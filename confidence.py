@@ -4,17 +4,16 @@
 
 1. Finding what really changed, where there are change masks (synth.py's): does a score rank the pixels that only one of
    the two images shows above those that both show? AUROC (0.5: no better than chance; below: the other way round) and
-   average precision, for what only SAR and what only EO shows, the other kind left out; and AUROC among objects alone
-   (changed against unchanged roofs and ships), since finding objects is easier than finding changed ones. Scores:
+   average precision, for what only SAR and what only EO shows, the other kind left out. Scores:
      1 / confidence    the variance with which `translate` generates EO from SAR, at the middle step
      pair: variance    of a REAL pair: the true EO latent is noised to timestep t and predicted, a few times;
-     pair: error       the variance, and the squared error of that prediction
-   and of filters: 7x7 means of SAR, of its standard deviation, of the gradients of both EO images, and of the
+     pair: error       the variance, and the squared error of that prediction, both as 7x7 means
+   and of filters: the 7x7 mean and standard deviation of SAR, 7x7 means of the gradients of both EO images, and of the
    difference between the true EO image and the colour that goes with the SAR level (evaluate.py's look-up).
 2. Calibration: the variance against the squared error of the prediction, by timestep. See `calibration`.
 3. With any data: does dropping the least confident pixels lower the error? See `sparsification` and `ause`.
 
-Written to --out: confidence.json, detection.png, calibration.png, error.png, and examples.png with the pairs that have
+Written to --out: confidence.json, calibration.png, error.png, and examples.png with the pairs that have
 most changes (SAR only: pink, EO only: green; of the confidence the logarithm, stretched).
 """
 
@@ -30,7 +29,7 @@ from torch import Tensor
 
 import report
 import synth
-from cdiffset import VARIANCE_MAX, CDiffSET, pad_to_multiple
+from cdiffset import CDiffSET, pad_to_multiple
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import (
     Pair,
@@ -47,14 +46,12 @@ from data import (
 from evaluate import training_colours
 from files import write_json
 from images import confidence_picture, grid, to_uint8
-from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, dots, lines, markdown, origin, plot, save_small
+from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, lines, markdown, origin, plot, save_small
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
-from world import ROOF, SHIP
 from yardsticks import local_mean, look_up
 
 KINDS = {"only in SAR": 1, "only in EO": 2}  # values of synth.py's change masks
-OBJECTS = (ROOF, SHIP)  # of its class masks
 UNCERTAINTY = "1 / confidence"
 FILTERS = ("SAR mean", "SAR deviation", "gradient of generated", "gradient of EO", "EO - colour look-up")
 ORDERS = (UNCERTAINTY, "SAR deviation", "gradient of generated")  # by which the least certain pixels are dropped
@@ -144,7 +141,8 @@ def pair_scores(model: CDiffSET, z_sar: Tensor, z_eo: Tensor, numbers: Sequence[
             for k in range(DRAWS)
         ]
         maps = F.interpolate(torch.stack(draws).mean(dim=0), scale_factor=model.vae.factor, mode="bicubic").cpu()
-        scores |= {f"pair: variance, t = {t}": maps[:, 1], f"pair: error, t = {t}": maps[:, 0]}
+        error, var = (local_mean(maps[:, [channel]]) for channel in (0, 1))
+        scores |= {f"pair: variance, t = {t}": var, f"pair: error, t = {t}": error}
     return scores
 
 
@@ -159,19 +157,13 @@ def by_timestep(model: CDiffSET, z_sar: Tensor, z_eo: Tensor, numbers: Sequence[
     return torch.stack(maps, dim=1).cpu().numpy()
 
 
-def detect(score: np.ndarray, change: np.ndarray, objects: np.ndarray) -> dict[str, dict[str, float | None]]:
-    """{kind: auroc, ap, auroc_objects} of scores (N,), change masks (N,), and where EO shows an object, (N,).
-
-    A kind that does not occur is left out; among objects, None where no unchanged one is there.
-    """
+def detect(score: np.ndarray, change: np.ndarray) -> dict[str, dict[str, float]]:
+    """{kind: auroc, ap} of scores (N,) and change masks (N,). A kind that does not occur is left out."""
     kinds = {}
     for kind, value in KINDS.items():
         truth, same = change == value, change == 0
         if truth.any():
-            auroc, ap = ranking(score[same | truth], truth[same | truth])
-            among = truth | (same & objects)
-            only = ranking(score[among], truth[among])[0] if (same & objects).any() else None
-            kinds[kind] = {"auroc": auroc, "ap": ap, "auroc_objects": only}
+            kinds[kind] = dict(zip(("auroc", "ap"), ranking(score[same | truth], truth[same | truth])))
     return kinds
 
 
@@ -201,8 +193,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(
     model: CDiffSET, pairs: list[Pair], colours: Tensor, masked: bool, args: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Everything that is measured: {name: (N,)} with the scores, the squared "error" and, if `masked`, "change" and
-    "objects" of all pixels; and what `by_timestep` gives.
+    """Everything that is measured: {name: (N,)} with the scores, the squared "error" and, if `masked`, the "change" of
+    all pixels; and what `by_timestep` gives.
     """
     columns, bands = defaultdict(list), []
     for numbers, sar, eo in read_batches(lambda i: read_pair(pairs[i]), len(pairs), args.batch_size, bar="measuring"):
@@ -211,11 +203,10 @@ def measure(
         images = pad_to_multiple(torch.cat([sar, eo]), model.unit).to(model.device)
         with torch.inference_mode():
             z_sar, z_eo = model.encode(images).float().chunk(2)
-        found = {UNCERTAINTY: -confidence.cpu()[:, 0]}  # sorts as its inverse, and bicubic values may fall below 0
+        found = {UNCERTAINTY: 1 / confidence.cpu()[:, 0]}
         if masked:
             found |= pair_scores(model, z_sar, z_eo, numbers, args.seed)
-            change, classes = (np.stack([read_mask(pairs[i], kind) for i in numbers]) for kind in ("change", "class"))
-            found |= {"change": torch.from_numpy(change), "objects": torch.from_numpy(np.isin(classes, OBJECTS))}
+            found["change"] = torch.from_numpy(np.stack([read_mask(pairs[i], "change") for i in numbers]))
             expected = look_up(colours, sar)
             found |= {"gradient of EO": gradient(eo), "EO - colour look-up": local_mean((eo - expected).abs())}
         found |= {"SAR mean": local_mean(sar), "SAR deviation": deviation(sar), "gradient of generated": gradient(made)}
@@ -232,7 +223,7 @@ def examples(model: CDiffSET, pairs: list[Pair], numbers: Sequence[int], masked:
     for i in numbers:
         sar, eo = read_pair(pairs[i])
         made, confidence = model.translate(sar[None], args.steps, args.seed + int(i), args.spacing)
-        seen = confidence_picture(confidence[0].clamp(min=1 / VARIANCE_MAX).log())
+        seen = confidence_picture(confidence[0].log())
         rows.append([to_uint8(sar), to_uint8(eo), to_uint8(made[0]), seen])
         if masked:
             rows[-1].append(np.array(synth.CHANGE_COLOURS, np.uint8)[read_mask(pairs[i], "change")])
@@ -243,28 +234,24 @@ def examples(model: CDiffSET, pairs: list[Pair], numbers: Sequence[int], masked:
 # The three parts: each prints a table, writes a plot, and returns its numbers
 
 
-def part_detection(out: Path, scores: dict[str, np.ndarray], change: np.ndarray, objects: np.ndarray) -> dict:
-    """Finding what changed; the plot has a panel a kind of change, and the filters in grey."""
+def part_detection(scores: dict[str, np.ndarray], change: np.ndarray) -> dict:
+    """Finding what changed, by each score."""
     share = {kind: float(np.mean(change == value)) for kind, value in KINDS.items() if (change == value).any()}
     if not share:
         print("nothing changed in these pairs: no score can find it; try a larger --limit\n")
         return {"share": {}, "scores": {}}
-    found = {name: detect(score, change, objects) for name, score in scores.items()}
-    table = {name: {} for name in found}
-    for name, kinds in found.items():
-        for kind, row in kinds.items():
-            table[name] |= {f"{kind}: {metric}": value for metric, value in row.items()}
-    print(markdown("score", table))
+    found = {name: detect(score, change) for name, score in scores.items()}
+    rows = {
+        name: {f"{kind}: {metric}": value for kind, row in kinds.items() for metric, value in row.items()}
+        for name, kinds in found.items()
+    }
+    print(markdown("score", rows))
     for kind in share:
         value = {name: row[kind]["auroc"] for name, row in found.items()}
         best = max((name for name in value if name not in FILTERS), key=value.get)
         rival = max(FILTERS, key=lambda name: abs(value[name] - 0.5))  # a filter may be turned round
         print(f"{kind} ({share[kind]:.2%} of the pixels): {best} {value[best]:.3f}, ", end="")
         print(f"the best of the filters, {rival}, {max(value[rival], 1 - value[rival]):.3f}")
-    rows = {name: {kind: [row[kind]["auroc"]] for kind in share} for name, row in found.items()}
-    colours = {name: GREY if name in FILTERS else ORANGE if name.startswith("pair") else BLUE for name in rows}
-    with plot(out / "detection.png", len(share), 2.8) as panels:
-        dots(panels, rows, {kind: f"AUROC, objects {kind}" for kind in share}, colours, mark=0.5)
     return {"share": share, "scores": found}
 
 
@@ -326,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = find_pairs(args.data)
     train, test, split = held_out_pairs(found.pairs, args.model)
     test = evenly(test, args.limit)
-    masked = all(mask_path(pair, kind) for pair in test for kind in ("change", "class"))
+    masked = all(mask_path(pair, "change") for pair in test)
     print("\n".join(describe(found)))
     print(f"{len(test)} of the held-out pairs, by {split}; {'with' if masked else 'no'} change masks\n")
     _, colours = training_colours(train)
@@ -336,8 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     error, shown = pixels.pop("error"), range(min(ROWS, len(test)))
     if masked:
-        change, objects = pixels.pop("change"), pixels.pop("objects")
-        result["detection"] = part_detection(args.out, pixels, change, objects)
+        change = pixels.pop("change")
+        result["detection"] = part_detection(pixels, change)
         shown = np.argsort([-np.count_nonzero(read_mask(pair, "change")) for pair in test], kind="stable")[:ROWS]
     result["calibration"] = part_calibration(args.out, bands, model.scheduler.num_train_timesteps)
     result["error_curve"] = part_errors(args.out, error, pixels)

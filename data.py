@@ -51,7 +51,7 @@ TERRAIN = r"(?P<terrain>\w+)/(?P<kind>s1|s2)/(?P<season>ROIs\d+_\w+)_(?P=kind)_(
 QXS = r"(?P<kind>sar|opt)_256_oc_0\.2/(?P<name>\d+)\.png"
 SAR2OPT = r"(?P<split>train|test)(?P<kind>A|B)/(?P<name>[^/]+)\.png"
 SN6 = r"(?P<kind>SAR-Intensity|PS-RGB)/(?P<aoi>SN6_\w+)_(?P=kind)_(?P<strip>\d+_\d+)_(?P<tile>tile_\d+)\.tif"
-FOLDERS = r"(?P<kind>sar|eo)/(?P<name>.+\.(?i:png|jpe?g|tiff?))"
+FOLDERS = r"(?P<kind>sar|eo)/(?P<folder>(?:.*/)?)(?P<name>[^/]+)\.(?i:png|jpe?g|tiff?)"
 LAYOUTS = (  # name, SAR's kind, scene, pattern
     ("SEN1-2", "s1", ("season", "n"), SEN + r"\.png"),
     ("SEN1-2 by terrain", "s1", ("season", "n"), TERRAIN + r"\.png"),  # scenes lie in several terrains
@@ -59,7 +59,7 @@ LAYOUTS = (  # name, SAR's kind, scene, pattern
     ("QXS-SAROPT", "sar", ("name",), QXS),  # no scenes known: each image is one
     ("SAR2Opt", "A", ("split", "name"), SAR2OPT),
     ("SpaceNet6", "SAR-Intensity", ("strip",), SN6),  # a strip of flight; strips overlap a bit
-    ("sar/ and eo/", "sar", ("name",), FOLDERS),
+    ("sar/ and eo/", "sar", ("folder",), FOLDERS),  # without folders in it, each image is a scene
 )
 
 
@@ -67,7 +67,7 @@ def find_pairs(root: str | Path) -> Pairs:
     """Recognises the dataset in a folder and pairs its images; the dataset may lie in folders below `root`.
 
     Files of no known layout (labels, masks, readmes) are ignored. ValueError: not a folder, unreadable,
-    empty, no known layout, no image with a partner, or pairs of two layouts.
+    empty, no known layout, no image with a partner, two of one name, or pairs of two layouts.
     """
     files, found, paired = walk_files(root), [], []
     for layout, sar_kind, scene, pattern in LAYOUTS:
@@ -77,7 +77,9 @@ def find_pairs(root: str | Path) -> Pairs:
             if match := pattern.fullmatch(name):
                 shared = match.groupdict()
                 side = sars if shared.pop("kind") == sar_kind else eos
-                side[tuple(shared.values())] = name
+                twin = side.setdefault(tuple(shared.values()), name)
+                if twin != name:
+                    raise ValueError(f"{twin!r} and {name!r} differ only in their endings: take one of them away")
             else:
                 rest.append(name)
         files = rest
@@ -104,7 +106,7 @@ def find_pairs(root: str | Path) -> Pairs:
     pairs, both = [], sars.keys() & eos.keys()
     for key in sorted(both, key=sars.__getitem__):
         groups = pattern.fullmatch(sars[key]).groupdict()
-        scene_name = "_".join(groups[name] for name in scene)
+        scene_name = "_".join(groups[name] for name in scene).strip("/") or groups["name"]
         pairs.append(Pair(Path(root, sars[key]), Path(root, eos[key]), scene_name, groups.get("split")))
     unpaired = sorted(side[key] for side in (sars, eos) for key in side.keys() - both)
     return Pairs(layout, pairs, [Path(root, name) for name in unpaired])
@@ -325,7 +327,7 @@ def read_batches(
             numbers = range(first, min(first + size, total))
             both = list(zip(*map(read, numbers)))
             if len({image.shape for side in both for image in side}) > 1:
-                raise ValueError("the images have several sizes: use --batch-size 1 (evaluate.py can also cut: --size)")
+                raise ValueError("the images have several sizes: use --batch-size 1, or cut them to one size")
             yield numbers, *map(torch.stack, both)
             progress.update(len(numbers))
 

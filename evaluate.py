@@ -55,7 +55,7 @@ from data import (
     read_pair,
     seed_of,
 )
-from files import exclusive, read_json, write_json
+from files import differences, exclusive, read_json, write_json
 from images import confidence_picture, grid, read_eo, save_image, to_uint8
 from metrics import frechet_distance, load_inception, load_lpips, psnr, scc, ssim, what_is_missing
 from report import markdown, origin
@@ -65,6 +65,7 @@ from weights import network_digest
 from yardsticks import FITTED_ON, fit_colours, land_cover_agreement, look_up
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
+BEST = 100.0  # what counts as the PSNR of equal images, dB: JSON has no infinity, nor a mean
 STANDARD = {"limit": None, "batch_size": 8, "steps": DEFAULT_STEPS, "spacing": DEFAULT_SPACING}
 PAPER = {"limit": 100, "batch_size": 1, "steps": 50, "spacing": "leading"}
 OF_MODELS = ("data", "model", "unet", "steps", "spacing", "seed", "size")  # options without meaning for two folders
@@ -74,6 +75,7 @@ class Work(NamedTuple):
     """What is scored: image files, a model's or those of any other method."""
 
     method: str
+    split: str  # where it is from
     files: list[Path]
     pairs: list[Pair]  # (SAR, EO), or (image file, truth)
     read: Callable[[int], tuple[Tensor, Tensor]]  # a pair's number -> its two images, each (3, H, W) in [-1, 1]
@@ -98,7 +100,9 @@ def of_folders(args: argparse.Namespace) -> Work:
     """The images in a folder, and what they should be."""
     pairs = chosen(pair_folders(args.images, args.truth), args)
     files = [image for image, *_ in pairs]
-    return Work("images", files, pairs, lambda i: read_pair(pairs[i], read_eo), lambda _image, _truth: {})
+    return Work(
+        "images", "all there are", files, pairs, lambda i: read_pair(pairs[i], read_eo), lambda _image, _truth: {}
+    )
 
 
 def of_model(args: argparse.Namespace, out: Path) -> Work:
@@ -122,7 +126,7 @@ def of_model(args: argparse.Namespace, out: Path) -> Work:
             "VAE": decoded[:, :, : eo.shape[2], : eo.shape[3]].cpu(),
         }
 
-    work = Work("model", files, test, read, yardsticks)
+    work = Work("model", split, files, test, read, yardsticks)
     about = {"vae": network_digest(model.vae), "unet": network_digest(model.unet)} | model.scheduler.config
     keep_settings(work, about, out, args)
     translate(model, work, out, args)
@@ -131,15 +135,13 @@ def of_model(args: argparse.Namespace, out: Path) -> Work:
 
 def keep_settings(work: Work, about: dict, out: Path, args: argparse.Namespace) -> None:
     """Writes down what the translations depend on, `about` and more; ValueError if some are there, made otherwise."""
-    changed = [path.stat().st_mtime_ns for pair in work.pairs for path in (pair.sar, pair.eo)]
-    about |= {"pairs": seed_of(*work.pairs, *changed)}
-    about |= {key: getattr(args, key) for key in ("steps", "spacing", "seed", "size", "batch_size")}
+    files = [path for pair in work.pairs for path in (pair.sar, pair.eo)]
+    about["pairs"] = seed_of(*((path.relative_to(args.data), path.stat().st_size) for path in files))
+    about |= {key: getattr(args, key) for key in ("steps", "spacing", "seed", "size")}
     file = out / "translations.json"
-    if file.exists() and work.files[0].exists():
-        was = read_json(file)
-        if different := [f"{key} {was.get(key)}, not {value}" for key, value in about.items() if was.get(key) != value]:
-            what = f"holds an evaluation with other settings ({'; '.join(different)})"
-            raise ValueError(f"{out} {what}: give another --out, or delete it")
+    was = read_json(file) if file.exists() and work.files[0].exists() else about
+    if changed := differences(was, about):
+        raise ValueError(f"{out} holds another evaluation ({changed}): give another --out, or delete it")
     write_json(file, about)
 
 
@@ -176,7 +178,7 @@ def score(
     """The metrics of each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries."""
     paper = protocol == "paper"  # the value range of the released code, for LPIPS too
     unit = [(x + 0.5).clamp(0, 1) if paper else x / 2 + 0.5 for x in (images, truth)]
-    columns = {name: metric(*unit).tolist() for name, metric in METRICS.items()}
+    columns = {name: metric(*unit).clamp(max=BEST).tolist() for name, metric in METRICS.items()}
     if lpips:
         columns["lpips"] = lpips(*(unit if paper else (images, truth))).tolist()
     for i, pair in enumerate(pairs):
@@ -306,7 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"protocol {args.protocol}: {len(rows)} images, compared as {how}")
         print(markdown("", mean), end="")
         images = [{"file": row["file"], **row[work.method]} for row in rows]
-        write_json(out / "metrics.json", origin("evaluate.py", arguments, args) | {"mean": mean, "images": images})
+        about = origin("evaluate.py", arguments, args) | {"split": work.split}
+        write_json(out / "metrics.json", about | {"mean": mean, "images": images})
         contact_sheet(work, [image["psnr"] for image in images], out)
     print(f"wrote {out}/metrics.json and contact_sheet.png (the three best, middle and worst by PSNR)")
     return 0

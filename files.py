@@ -20,8 +20,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     temporary.unlink(missing_ok=True)  # a link that somebody laid there would be followed
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
+        temporary.chmod(mode)  # safetensors writes files that only their owner may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -30,13 +32,6 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The permissions that new files are to go without; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager
@@ -54,15 +49,15 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_no_file(path: Path) -> None:
-    """Raises ValueError if it is a folder or a device, or a named pipe, which would have us wait for ever."""
+def require_file(path: Path) -> None:
+    """Raises ValueError on a folder, a device, or a named pipe, which would have us wait for ever."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: not a file")
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises ValueError if it is none."""
-    refuse_no_file(path)
+    require_file(path)
     try:
         if path.stat().st_size > JSON_MAX:
             raise ValueError(f"larger than {JSON_MAX} bytes")
@@ -72,6 +67,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return value
+
+
+def differences(was: dict, wanted: dict) -> str:
+    """What of `wanted` was otherwise, for messages: "steps 10 is now 50, ..."; empty if nothing."""
+    return ", ".join(f"{key} {was.get(key)} is now {value}" for key, value in wanted.items() if was.get(key) != value)
 
 
 def write_json(path: Path, value: dict) -> None:

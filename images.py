@@ -12,7 +12,8 @@ How a file's numbers become [-1, 1]:
     EO, 12 or 13 bands Sentinel-2 reflectance * 10000: bands 4, 3, 2 and 0..3000, clipped (0.3 is white,
                        the usual true-colour picture; clouds saturate)
 
-Float SAR is dB if any valid value is below 0, as intensity never is. Polarisations become channels after
+Float SAR is dB if most valid values are below 0: of an intensity, at most a few are, where a filter or resampling
+overshot. Polarisations become channels after
 scaling: one is repeated; (co, cross) -> co, cross, their mean; three are taken as they are;
 (HH, HV, VH, VV) -> HH, (HV + VH) / 2, VV. No-data (declared no-data, NaN, alpha 0) becomes -1, the darkest.
 
@@ -93,13 +94,13 @@ def read_raster(path: str | Path) -> Raster:
 
     ImageError: missing, unreadable, damaged, too large, several pictures, CMYK, a side below 8 pixels, ...
     """
-    if is_geotiff(path):
+    if needs_rasterio(path):
         with open_geotiff(path) as dataset:
             return read_window(dataset)
     return read_picture(path)
 
 
-def is_geotiff(path: str | Path) -> bool:
+def needs_rasterio(path: str | Path) -> bool:
     """True for a TIFF that rasterio must read: with geographic tags, compression (Pillow's libtiff would
     write to stderr if the file is damaged), several bands of more than 8 bits (Pillow reads them in part or not
     at all), or more pixels than Pillow may read. ImageError: no file, or it cannot be opened.
@@ -137,7 +138,7 @@ def _check_memory(name: str, width: int, height: int, bands: int) -> None:
 
 
 def read_picture(path: str | Path) -> Raster:
-    """A whole PNG, JPEG, or TIFF of which `is_geotiff` is False; ImageError as from `read_raster`."""
+    """A whole PNG, JPEG, or TIFF of which `needs_rasterio` is False; ImageError as from `read_raster`."""
     name = repr(str(path))
     with _decoding(name), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
         if getattr(image, "n_frames", 1) > 1:
@@ -164,7 +165,8 @@ def open_geotiff(path: str | Path) -> Any:
     try:
         import rasterio
     except ImportError:
-        raise ImageError(f"{str(path)!r} is a GeoTIFF, which needs rasterio: pip install rasterio") from None
+        kind = "a TIFF that is georeferenced, compressed, or of several bands of more than 8 bits"
+        raise ImageError(f"{str(path)!r} is {kind}, which needs rasterio: pip install rasterio") from None
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     # Files beside it (.ovr, .aux.xml, ...) are left alone: they can make GDAL read any file and the network. In the
     # environment, since rasterio's own settings hold for one thread. Its warnings would go to stderr; errors raise.
@@ -172,6 +174,8 @@ def open_geotiff(path: str | Path) -> Any:
     with _decoding(repr(str(path))):  # only GTiff: GDAL's other drivers can reach other files and the network
         dataset = rasterio.open(Path(path).absolute(), driver="GTiff")
     _check_size(path, dataset.width, dataset.height)
+    if dataset.subdatasets:
+        raise ImageError(f"{str(path)!r} holds several pictures: save the right one as a file of its own")
     if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535, and reading them one by one takes an hour
         raise ImageError(f"{str(path)!r} has {dataset.count} bands: SAR images have one to four, EO images 13 at most")
     return dataset
@@ -225,23 +229,23 @@ def sar_range(raster: Raster, scale: str = "auto", stretch: tuple[float, float] 
     these percentiles of each band instead, whatever the numbers are. For a huge scene, take the range from a
     reduced copy. ValueError: bands or numbers of no known meaning, wrong options, nothing valid.
     """
-    bands, name = raster.bands, raster.source
+    bands, name, kind = raster.bands, raster.source, raster.bands.dtype
     if scale not in ("auto", "db", "linear"):
         raise ValueError(f"the scale is {scale!r}: it must be auto, db or linear")
     if stretch is not None and not 0 <= stretch[0] < stretch[1] <= 100:
         raise ValueError(f"the stretch is {stretch}: it must be two rising percentiles, e.g. 1 and 99")
     if len(bands) not in DB_RANGES:
         raise ImageError(f"{name} has {len(bands)} bands: a SAR image has one to four polarisations")
-    if stretch is None and bands.dtype.name in ("uint8", "uint16"):
-        return np.array([[0], [np.iinfo(bands.dtype).max]]).repeat(len(bands), axis=1)
-    if stretch is None and scale == "auto" and bands.dtype.kind != "f":
-        raise ImageError(f"{name} holds {bands.dtype}: give the scale (db or linear) or a stretch")
-
+    if stretch is None and kind.name in ("uint8", "uint16"):
+        return np.array([[0], [np.iinfo(kind).max]]).repeat(len(bands), axis=1)
     values = bands[:, raster.valid]  # (C, number of valid pixels)
     if not values.size:
         raise ImageError(f"{name} has no valid pixel: all is no-data")
-    if stretch is None and (scale == "db" or (scale == "auto" and values.min() < 0)):
-        return np.array(DB_RANGES[len(bands)]).T
+    if stretch is None:
+        if scale == "auto" and kind.kind != "f":
+            raise ImageError(f"{name} holds {kind}: give the scale (db or linear) or a stretch")
+        if scale == "db" or (scale == "auto" and np.median(values) < 0):
+            return np.array(DB_RANGES[len(bands)]).T
     return 2 * np.percentile(values / 2, stretch or (1, 99), axis=1)  # halved, so that no difference overflows
 
 

@@ -77,9 +77,10 @@ OPENCLIP_RULES: list[Rule] = [
 
 
 def open_original(path: Path) -> dict[str, tuple[dict, Tensors]]:
-    """ "unet", "vae" and, if there, "text_encoder" -> configuration, tensors by diffusers' names.
+    """Configuration and tensors, by diffusers' names, of "unet", "vae" and, if there, "text_encoder".
 
-    The VAE's attention keeps the shape of 1x1 convolutions. Raises ValueError if it is no such file.
+    The VAE's attention keeps the shape of 1x1 convolutions, which `weights.modern_vae` flattens. Raises ValueError if
+    it is no such file.
     """
     tensors = {key: tensor for key, tensor in open_tensors(path).items() if not IGNORED.fullmatch(key)}
     unknown = [key for key in tensors if not key.startswith(PREFIXES)]

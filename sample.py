@@ -248,7 +248,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="translate N times, with the seeds SEED .. SEED + N - 1, and write one result and the spread (default: 1)")
     add("--reduce", choices=("mean", "median"), default="mean", help="of the samples (default: %(default)s)")
     add("--scale", choices=("auto", "db", "linear"), default="auto",
-        help="what numbers that are not 8 or 16 bit mean (default: auto: dB if any is negative); dB are taken from "
+        help="what numbers that are not 8 or 16 bit mean (default: auto: dB if most are negative); dB are taken from "
         "-25 (co-polarised) or -32.5 (cross-polarised) to 0, linear ones from the 1st to the 99th percentile")
     add("--stretch", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="take the numbers from one percentile to another instead, e.g. 1 99")

@@ -24,10 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cdiffset import CDiffSET, denoise, pad_to_multiple, variance
+from cdiffset import CDiffSET, denoise, pad_to_multiple, resize_confidence, variance
 from scheduler import DDIMScheduler
 
 NOISE_CHUNK = 2**20  # numbers drawn at a time
@@ -91,7 +90,7 @@ def translate_scene(
         place = slice(above, min(rows.stop + MARGIN, h)), slice(before, min(columns.stop + MARGIN, w))
         x = torch.stack([confidence.read(n, *place) for n in range(samples)])
         size = [n * factor for n in x.shape[2:]]
-        x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+        x = resize_confidence(x, size)
         return x[:, :, (rows.start - above) * factor :, (columns.start - before) * factor :]
 
     blended = partial(blend, h, w, side, batch=batch)

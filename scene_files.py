@@ -18,7 +18,7 @@ from images import (
     Raster,
     confidence_picture,
     grid,
-    is_geotiff,
+    needs_rasterio,
     open_geotiff,
     read_picture,
     read_window,
@@ -42,7 +42,7 @@ class Source:
 
     def __init__(self, path: Path, scale: str = "auto", stretch: tuple[float, float] | None = None):
         self.path, self.dataset, self.raster, self.placed = path, None, None, False
-        if is_geotiff(path):
+        if needs_rasterio(path):
             self.dataset = file = open_geotiff(path)
             self.height, self.width = file.shape
             self.placed = bool(file.crs or file.gcps[0] or file.rpcs or not file.transform.is_identity)

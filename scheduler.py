@@ -43,7 +43,7 @@ class DDPMScheduler:
         self.prediction_type = prediction_type
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
-    def signal(self, t: Tensor | int, like: Tensor) -> Tensor:
+    def alpha_bar(self, t: Tensor | int, like: Tensor) -> Tensor:
         """alphas_cumprod[t] on the device of `like`, shaped to broadcast with it: () or (B, 1, 1, 1).
 
         In float32 at least: bfloat16 would round the smallest noise levels away. Raises ValueError if t is no timestep.
@@ -56,7 +56,7 @@ class DDPMScheduler:
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """x_t = sqrt(a) x_0 + sqrt(1 - a) noise. x0, noise (B, C, h, w), t scalar or (B,) -> (B, C, h, w)."""
-        a = self.signal(t, x0)
+        a = self.alpha_bar(t, x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
@@ -65,12 +65,12 @@ class DDPMScheduler:
             return noise
         if self.prediction_type == "sample":
             return x0
-        a = self.signal(t, x0)
+        a = self.alpha_bar(t, x0)
         return a.sqrt() * noise - (1 - a).sqrt() * x0
 
     def x0_and_noise(self, model_output: Tensor, t: Tensor | int, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """Solves the noising equation for x_0 and epsilon, given the network's prediction at x_t."""
-        a = self.signal(t, x_t)
+        a = self.alpha_bar(t, x_t)
         if self.prediction_type == "epsilon":
             return (x_t - (1 - a).sqrt() * model_output) / a.sqrt(), model_output
         if self.prediction_type == "sample":
@@ -83,7 +83,7 @@ class DDPMScheduler:
         x0, _ = self.x0_and_noise(model_output, t, x_t)
         if t == 0:
             return x0
-        a, a_prev = self.signal(t, x_t), self.signal(t - 1, x_t)
+        a, a_prev = self.alpha_bar(t, x_t), self.alpha_bar(t - 1, x_t)
         alpha = a / a_prev  # of this one step; its beta is 1 - alpha
         mean = (a_prev.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - a_prev) * x_t) / (1 - a)
         variance = (1 - a_prev) / (1 - a) * (1 - alpha)
@@ -99,16 +99,9 @@ class DDIMScheduler(DDPMScheduler):
     diffusers' set_alpha_to_one=False. Raises ValueError if steps is not in 1..num_train_timesteps.
     """
 
-    def __init__(
-        self,
-        steps: int,
-        spacing: str = "leading",
-        prediction_type: str = "epsilon",
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-    ):
-        super().__init__(num_train_timesteps, beta_start, beta_end, prediction_type)
+    def __init__(self, steps: int, spacing: str = "leading", prediction_type: str = "epsilon", **process: float):
+        super().__init__(prediction_type=prediction_type, **process)  # the process that the network was trained on
+        num_train_timesteps = self.num_train_timesteps
         if not 1 <= steps <= num_train_timesteps:
             raise ValueError(f"{steps} sampling steps: expected 1 to {num_train_timesteps}")
         i = torch.arange(steps, dtype=torch.float64)
@@ -138,7 +131,7 @@ class DDIMScheduler(DDPMScheduler):
             raise ValueError(f"eta {eta}: expected 0 (DDIM) to 1 (DDPM)")
         if int(t) not in self._previous:
             raise ValueError(f"timestep {int(t)} is not one of the {len(self.timesteps)} sampling timesteps")
-        a, a_prev = self.signal(int(t), x_t), self.signal(self._previous[int(t)], x_t)
+        a, a_prev = self.alpha_bar(int(t), x_t), self.alpha_bar(self._previous[int(t)], x_t)
         x0, noise = self.x0_and_noise(model_output, int(t), x_t)
         sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
         x = a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).sqrt() * noise

@@ -14,25 +14,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import atomic, refuse_no_file
+from files import atomic, require_file
 
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
-CONVERT = "is a pickle, which can run code when loaded: convert it to safetensors first, or download the safetensors"
 CONVERTED_MAX = 2**28  # bytes
 
 
 class File:
-    """An opened safetensors file, mapped into memory, where pages that were read count as ours. It is mapped anew
-    whenever `CONVERTED_MAX` bytes were read to be converted, so that the peak of memory is that of the model alone.
+    """An opened safetensors file, mapped into memory, where pages that were read count as memory in use. It is mapped
+    anew whenever `CONVERTED_MAX` bytes were read to be converted, so that the peak is that of the model alone.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.number = path, path.stat().st_ino
         self.open()
 
     def open(self) -> None:
-        """Maps the file (anew); nothing is read yet."""
+        """Maps the file (anew); nothing is read yet. OSError: it is another one by now."""
         self.safetensors, self.converted = safe_open(self.path, framework="pt"), 0
+        if self.path.stat().st_ino != self.number:
+            raise OSError("it was replaced in the meantime: load it again")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all its tensors, by name."""
@@ -82,7 +83,7 @@ Rule = tuple[str, str | Callable[[re.Match], str]]  # pattern and replacement, a
 def open_tensors(path: Path) -> Tensors:
     """The tensors of one safetensors file, by their stored names. Raises ValueError if it cannot be read."""
     refuse_pickle(path)
-    refuse_no_file(path)
+    require_file(path)
     try:
         file = File(path)
         return {key: Stored(file, key, shape) for key, shape in file.shapes().items()}
@@ -93,7 +94,8 @@ def open_tensors(path: Path) -> Tensors:
 def refuse_pickle(path: Path) -> None:
     """Raises ValueError if the name is that of a pickled PyTorch file."""
     if path.suffix.lower() in PICKLES:
-        raise ValueError(f"{path} {CONVERT}")
+        what = "is a pickle, which can run code when loaded"
+        raise ValueError(f"{path} {what}: convert it to safetensors first, or download the safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------

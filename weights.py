@@ -135,7 +135,7 @@ def open_shards(index: Path) -> Tensors:
     return tensors
 
 
-VAE_RULES: list[Rule] = [  # attention, as published before diffusers renamed it
+OLD_ATTENTION_RULES: list[Rule] = [  # as published before diffusers renamed it
     (r"(attentions\.0)\.query\.", r"\1.to_q."),
     (r"(attentions\.0)\.key\.", r"\1.to_k."),
     (r"(attentions\.0)\.value\.", r"\1.to_v."),
@@ -145,7 +145,7 @@ VAE_RULES: list[Rule] = [  # attention, as published before diffusers renamed it
 
 def modern_vae(tensors: Tensors) -> Tensors:
     """Old attention names to new ones; attention weights stored as 1x1 convolutions (C, C, 1, 1) to (C, C)."""
-    tensors = rename(tensors, VAE_RULES)
+    tensors = rename(tensors, OLD_ATTENTION_RULES)
     for key, tensor in tensors.items():
         if ".attentions." in key and tensor.shape[2:] == (1, 1):
             tensors[key] = tensor._replace(shape=tensor.shape[:2])
@@ -281,7 +281,8 @@ def save_model(
 ) -> None:
     """Writes a diffusers folder with the prompt embedding in place of a text encoder.
 
-    Every file is replaced atomically: a folder that is saved over stays loadable at any moment.
+    Every file is replaced atomically: a folder that is saved over by a model of the same shape stays loadable at any
+    moment.
     """
     folder = Path(folder)
     levels = len(vae.config["block_out_channels"])
