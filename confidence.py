@@ -45,8 +45,8 @@ from data import (
 )
 from evaluate import training_colours
 from files import write_json
-from images import confidence_picture, grid, to_uint8
-from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, lines, markdown, origin, plot, save_small
+from images import confidence_picture, grid, save_image, to_uint8
+from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, lines, markdown, origin, plot
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
 from yardsticks import local_mean, look_up
@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     result["calibration"] = part_calibration(args.out, bands, model.scheduler.num_train_timesteps)
     result["error_curve"] = part_errors(args.out, error, pixels)
     write_json(args.out / "confidence.json", result)
-    save_small(args.out / "examples.png", examples(model, test, shown, masked, args))
+    save_image(args.out / "examples.png", examples(model, test, shown, masked, args))
     print(f"everything is in {args.out}/")
     return 0
 
