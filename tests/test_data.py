@@ -60,7 +60,7 @@ PICTURES = {  # layout: some SAR images, their EO images, the scenes
     "sar/ and eo/": (
         ["sar/more/b.JPG", "sar/ü.png"],
         ["eo/more/b.JPG", "eo/ü.png"],
-        ["more/b.JPG", "ü.png"],
+        ["more", "ü"],
     ),
 }
 GEOTIFFS = {
@@ -90,6 +90,16 @@ def test_every_layout_is_recognised_from_the_folder_alone(tmp_path, layout, belo
     assert [p.sar.relative_to(tmp_path / below).as_posix() for p in found.pairs] == sars
     assert [p.eo.relative_to(tmp_path / below).as_posix() for p in found.pairs] == eos
     assert [p.scene for p in found.pairs] == scenes
+
+
+def test_in_folders_sar_and_eo_pair_whatever_their_endings_and_two_of_one_name_are_refused(tmp_path):
+    picture(tmp_path / "sar" / "rome" / "1.tif")
+    picture(tmp_path / "eo" / "rome" / "1.png")
+    (pair,) = data.find_pairs(tmp_path).pairs
+    assert (pair.sar.name, pair.eo.name, pair.scene) == ("1.tif", "1.png", "rome")
+    picture(tmp_path / "eo" / "rome" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1\.\w+' and '.*1\.\w+' differ only in their endings"):
+        data.find_pairs(tmp_path)
 
 
 def test_geotiff_layouts_are_read_as_the_paper_says(tmp_path):
