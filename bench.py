@@ -2,14 +2,16 @@
 
     python bench.py                     sampling, training, a scene and loading, a few steps each
     python bench.py sample --full       the paper's 50 steps, and compiled contenders on a CPU too
-    python bench.py --model models/tiny --size 128       any model in place of one of SD 2.1's size
 
 Each contender runs in a process of its own - a warm-up, then timed runs - and the contenders take turns, several
-rounds of them, so that a machine that slows down slows all of them. Reported is the median over all runs; the peak
-of memory (resident, of the GPU where there is one); the arithmetic that the method needs, over the time, as a share
-of what a large matrix product and a 3x3 convolution reach here in the same number format; and the ratio to the first
-line. With diffusers installed, that line is the released algorithm: float32, 50 leading steps, both images encoded
-anew in each training step. Weights are random, which changes no time. Written to results/bench-MACHINE.json.
+rounds of them, so that a machine that slows down slows all of them. Weights are random, which changes no time.
+
+The first line of `sample` and `train` is the released algorithm in diffusers (if installed): float32, leading steps, as
+many as the others take, both images encoded anew in each training step; of `scene` the whole image at once; of `load`
+reading the files. Reported are the median over all runs; the peak of memory (resident, of the GPU where there is one);
+"of the ceiling", the arithmetic that the task needs - the least that any contender does - over the time, as a share
+of what a large matrix product or a 3x3 convolution reaches here in the same number format; and the ratio to the first
+line. results/bench-MACHINE.json keeps the latest figures of each task.
 """
 
 import os
@@ -22,11 +24,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +36,12 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, initial_noise, widen_input
 from checkpoint import Settings, State
-from cli import DEVICE, Parser, choose_device, keep_freed_memory, positive, run
-from files import write_json
+from cli import DEVICE, Parser, choose_device, keep_freed_memory, one_line, positive, run
+from files import read_json, write_json
 from loop import add_gradients
 from metrics import psnr
 from report import markdown, origin
-from sample import compile_unet, load_model
+from sample import DTYPES, compile_unet, load_model
 from scene import translate_scene
 from scheduler import DDPMScheduler
 from train import objective
@@ -48,42 +49,49 @@ from unet import UNet
 from vae import AutoencoderKL
 
 SD21 = Path("cache/sd21-random")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Run = Callable[[], Any]  # what is timed; images that it returns, (B, 3, H, W), can be compared
+COLUMNS = ("seconds", "peak, GB", "of the ceiling", "times as fast", "PSNR to float32")
+Run = Callable[[], Any]  # what is timed; in `sample` it returns the image (1, 3, H, W) in [-1, 1]
+
+
+class Contender(NamedTuple):
+    """What is measured. It is prepared with the settings of the command line and its own."""
+
+    prepare: Callable[[Namespace], Run]
+    dtype: str = "float32"
+    compiled: bool = False
+
 
 # ----------------------------------------------------------------------------------------------------------
-# Contenders: each prepares, and returns what is timed
+# Contenders: how each prepares what is timed
 
 
-def sar_images(args: Namespace, side: int) -> Tensor:
-    """Random images (batch, 3, side, side) in [-1, 1], on the device."""
+def sar_images(args: Namespace, side: int, number: int = 1) -> Tensor:
+    """Random images (number, 3, side, side) in [-1, 1], on the device."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.rand(args.batch_size, 3, side, side, generator=generator) * 2 - 1).to(args.device)
+    return (torch.rand(number, 3, side, side, generator=generator) * 2 - 1).to(args.device)
 
 
-def translating(args: Namespace, dtype: str, compiled: bool = False, sides: int = 1) -> Run:
-    """`CDiffSET.translate`, of images `sides` times the size."""
-    model, sar = load_model(args.model, None, dtype, args.device), sar_images(args, sides * args.size)
-    if compiled:
+def translating(args: Namespace, sides: int = 1) -> Run:
+    """`CDiffSET.translate`, of an image `sides` times the size."""
+    model, sar = load_model(args.model, None, args.dtype, args.device), sar_images(args, sides * args.size)
+    if args.compiled:
         compile_unet(model)
     return lambda: model.translate(sar, args.steps)[0]
 
 
-def in_tiles(args: Namespace, dtype: str) -> Run:
+def in_tiles(args: Namespace) -> Run:
     """`translate_scene`: an image of twice the size, in tiles of the size."""
-    model, sar = load_model(args.model, None, dtype, args.device), sar_images(args, 2 * args.size)[0]
+    model, sar = load_model(args.model, None, args.dtype, args.device), sar_images(args, 2 * args.size)[0]
     options = {"tile": args.size, "steps": args.steps, "batch": 8 if on_gpu(args) else 1}
     return lambda: list(translate_scene(model, lambda a, b, c, d: sar[:, a:b, c:d], *sar.shape[1:], **options))
 
 
-def training(args: Namespace, dtype: str) -> Run:
+def training(args: Namespace) -> Run:
     """Steps of train.py with --cache: the latents are there."""
-    model = CDiffSET.from_pretrained(args.model).to(args.device)
-    if on_gpu(args):
-        model.to(memory_format=torch.channels_last)
+    model = load_model(args.model, None, "float32", args.device)
     model.vae.requires_grad_(False)
     model.unet.train()
-    settings = Settings(Path(), steps=1, batch_size=args.batch_size, dtype=dtype)
+    settings = Settings(Path(), steps=1, batch_size=args.batch_size, dtype=args.dtype)
     state, loss = State(model.unet, settings), objective(model, "cdiff", 0, cached=True)
     side = args.size // model.vae.factor
     latents = [initial_noise(seed, (4, side, side)).expand(args.batch_size, -1, -1, -1) for seed in (0, 1)]
@@ -96,39 +104,39 @@ def training(args: Namespace, dtype: str) -> Run:
     return run
 
 
-def diffusers_networks(args: Namespace, dtype: str) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
+def diffusers_networks(args: Namespace) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
     """VAE, U-Net and prompt embedding in diffusers' classes."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import load_file
 
-    options = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "low_cpu_mem_usage": False}
+    options = {"torch_dtype": DTYPES[args.dtype], "use_safetensors": True, "low_cpu_mem_usage": False}
     vae, unet = (
         kind.from_pretrained(args.model, subfolder=folder, **options).to(args.device)
         for kind, folder in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
-    if dtype == "bfloat16":
+    if args.dtype == "bfloat16":
         vae.to(memory_format=torch.channels_last)
         unet.to(memory_format=torch.channels_last)
     context = load_file(args.model / "prompt_embedding.safetensors")["prompt_embedding"]
     return vae, unet, context.to(unet.conv_in.weight)
 
 
-def diffusers_translating(args: Namespace, dtype: str, compiled: bool = False) -> Run:
+def diffusers_translating(args: Namespace) -> Run:
     """The released sampler's algorithm, in diffusers."""
     from diffusers import DDIMScheduler
 
-    vae, unet, context = diffusers_networks(args, dtype)
-    if compiled:
+    vae, unet, context = diffusers_networks(args)
+    if args.compiled:
         unet.compile()
     folder = args.model / "scheduler"
     options = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
     sar, scheduler = sar_images(args, args.size).to(context), DDIMScheduler.from_pretrained(folder, **options)
-    channels, context = vae.config.latent_channels, context.expand(len(sar), -1, -1)
+    channels = vae.config.latent_channels
 
     @torch.inference_mode()
     def run() -> Tensor:
         z_sar = vae.encode(sar).latent_dist.mode() * vae.config.scaling_factor
-        z = torch.cat([initial_noise(seed, z_sar.shape[1:]) for seed in range(len(sar))]).to(z_sar)
+        z = initial_noise(0, z_sar.shape[1:]).to(z_sar)
         scheduler.set_timesteps(args.steps)
         for t in scheduler.timesteps:
             output = unet(torch.cat([z_sar, z], dim=1), t, context).sample
@@ -138,12 +146,12 @@ def diffusers_translating(args: Namespace, dtype: str, compiled: bool = False) -
     return run
 
 
-def diffusers_training(args: Namespace, dtype: str) -> Run:
+def diffusers_training(args: Namespace) -> Run:
     """The released training step's algorithm, in diffusers: both images are encoded each time."""
-    vae, unet, context = diffusers_networks(args, dtype)
+    vae, unet, context = diffusers_networks(args)
     vae.requires_grad_(False)
     optimizer, scheduler = torch.optim.AdamW(unet.train().parameters(), 3e-5), DDPMScheduler()
-    images = sar_images(args, args.size)
+    images = sar_images(args, args.size, args.batch_size)
     channels, context = vae.config.latent_channels, context.expand(len(images), -1, -1)
 
     def run() -> None:
@@ -181,42 +189,51 @@ def loading(args: Namespace) -> Run:
 
 def diffusers_loading(args: Namespace) -> Run:
     """The same networks by diffusers."""
-    return lambda: diffusers_networks(args, "float32")
+    return lambda: diffusers_networks(args)
 
 
-def ceiling(args: Namespace, dtype: str, kind: str) -> Run:
-    """A matrix product or a convolution large enough to keep the machine busy: networks compute no faster."""
-    make, n = partial(torch.randn, device=args.device, dtype=DTYPES[dtype]), 8192 if on_gpu(args) else 2048
-    if kind == "matrix product":
-        return partial(torch.mm, make(n, n), make(n, n))
-    images, weight = make(n // 256, 320, 64, 64), make(320, 320, 3, 3)
+def matrix_product(args: Namespace) -> Run:
+    """One large enough to keep the machine busy: networks compute no faster."""
+    side = 8192 if on_gpu(args) else 2048
+    a, b = torch.randn(2, side, side, device=args.device, dtype=DTYPES[args.dtype])
+    return lambda: a @ b
+
+
+def convolution(args: Namespace) -> Run:
+    """One of 3x3, as large."""
+    make = partial(torch.randn, device=args.device, dtype=DTYPES[args.dtype])
+    images, weight = make(32 if on_gpu(args) else 8, 320, 64, 64), make(320, 320, 3, 3)
     images, weight = (x.contiguous(memory_format=torch.channels_last) for x in (images, weight))
-    return partial(torch.conv2d, images, weight, padding=1)
+    return lambda: torch.conv2d(images, weight, padding=1)
 
 
 # the first of each task is what the others are compared with
 RELEASED = "diffusers float32 (the released algorithm)"
-CONTENDERS: dict[str, dict[str, Callable[[Namespace], Run]]] = {
+CONTENDERS = {
     "sample": {
-        RELEASED: partial(diffusers_translating, dtype="float32"),
-        "diffusers bfloat16 compiled": partial(diffusers_translating, dtype="bfloat16", compiled=True),
-        "float32": partial(translating, dtype="float32"),
-        "bfloat16": partial(translating, dtype="bfloat16"),
-        "bfloat16 compiled": partial(translating, dtype="bfloat16", compiled=True),
+        RELEASED: Contender(diffusers_translating),
+        "diffusers bfloat16 compiled": Contender(diffusers_translating, "bfloat16", compiled=True),
+        "float32": Contender(translating),
+        "bfloat16": Contender(translating, "bfloat16"),
+        "bfloat16 compiled": Contender(translating, "bfloat16", compiled=True),
     },
     "train": {
-        RELEASED: partial(diffusers_training, dtype="float32"),
-        "float32, cached latents": partial(training, dtype="float32"),
-        "bfloat16, cached latents": partial(training, dtype="bfloat16"),
+        RELEASED: Contender(diffusers_training),
+        "float32, cached latents": Contender(training),
+        "bfloat16, cached latents": Contender(training, "bfloat16"),
     },
     "scene": {
-        "bfloat16, one image": partial(translating, dtype="bfloat16", sides=2),
-        "bfloat16, in tiles": partial(in_tiles, dtype="bfloat16"),
+        "bfloat16, one image": Contender(partial(translating, sides=2), "bfloat16"),
+        "bfloat16, in tiles": Contender(in_tiles, "bfloat16"),
     },
-    "load": {"reading the files": reading, "diffusers": diffusers_loading, "float32": loading},
+    "load": {
+        "reading the files": Contender(reading),
+        "diffusers": Contender(diffusers_loading),
+        "float32": Contender(loading),
+    },
 }
-KINDS = ("matrix product", "convolution")
-CEILINGS = {f"{kind} {dtype}": partial(ceiling, dtype=dtype, kind=kind) for kind in KINDS for dtype in DTYPES}
+KINDS = {"matrix product": matrix_product, "convolution": convolution}
+CEILINGS = {f"{kind} {dtype}": Contender(KINDS[kind], dtype) for kind in KINDS for dtype in ("float32", "bfloat16")}
 
 # ----------------------------------------------------------------------------------------------------------
 # Measuring
@@ -227,91 +244,84 @@ def on_gpu(args: Namespace) -> bool:
     return args.device.startswith("cuda")
 
 
-def measure(prepare: Callable[[Namespace], Run], args: Namespace, compiled: bool) -> dict:
-    """In a process of its own: seconds of each run, peak memory in bytes, FLOPs of a run, and its images."""
+def measure(contender: Contender, args: Namespace, keep: bool = False) -> dict[str, Any]:
+    """ "seconds" of each run, "peak" of the memory in bytes, "flops" of a run (None if compiled) and, where it is to be
+    kept, the "image", as an array (else None). For a process of its own, whose peak it is.
+    """
     keep_freed_memory()  # as all scripts do here; diffusers gains by it as well
-    run, finish = prepare(args), torch.cuda.synchronize if on_gpu(args) else lambda: None
-    counter = nullcontext() if compiled else FlopCounterMode(display=False)  # it would be compiled as well
+    run = contender.prepare(Namespace(**vars(args), dtype=contender.dtype, compiled=contender.compiled))
+    finish = torch.cuda.synchronize if on_gpu(args) else lambda: None
+    counter = nullcontext() if contender.compiled else FlopCounterMode(display=False)  # it would be compiled as well
     with counter:
-        output = run()
-    comparable = isinstance(output, Tensor) and output.shape[1] == 3
-    output = output.float().cpu().numpy() if comparable else None  # and no model stays in memory, if that is loaded
-    flops, seconds = None if compiled else counter.get_total_flops(), []
+        made = run()
+    flops = None if contender.compiled else counter.get_total_flops()
+    image, seconds = made.float().cpu().numpy() if keep else None, []
     for _ in range(args.runs):
+        made = None  # a model takes some time to go, too
         finish()
         began = time.perf_counter()
         made = run()
         finish()
         seconds.append(time.perf_counter() - began)
-        del made  # a model takes some time to go, too
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu(args):
         peak = torch.cuda.max_memory_allocated()
-    return {"seconds": seconds, "peak_bytes": peak, "flops": flops, "output": output}
+    return {"seconds": seconds, "peak": peak, "flops": flops, "image": image}
 
 
-def take_turns(contenders: dict[str, Callable], args: Namespace, bar: tqdm) -> dict[str, dict]:
-    """{contender: its figures}; the seconds of all rounds. One that did not end well has an "error" instead."""
-    results = {}
-    for _ in range(args.rounds):
-        for name, prepare in contenders.items():
-            bar.set_description(name)
+def attempt(*arguments: Any) -> dict[str, Any]:
+    """What `measure` gives, or an "error" of one line: torch's exceptions cannot all be sent to another process."""
+    try:
+        return measure(*arguments)
+    except Exception as error:
+        return {"error": one_line(f"{type(error).__name__}: {error}")}
+
+
+def alone(function: Callable, *arguments: Any) -> Any:
+    """What the function returns, called in a process of its own. Raises MemoryError if that was killed."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            return process.submit(function, *arguments).result()
+    except BrokenProcessPool as error:
+        raise MemoryError("killed, as happens when memory runs out") from error
+
+
+def take_turns(contenders: dict[str, Contender], args: Namespace, bar: tqdm, keep: bool = False) -> dict[str, dict]:
+    """{contender: what `measure` gives, with the seconds of all rounds}; of one that failed, an "error" instead."""
+    results = {name: {"seconds": []} for name in contenders}
+    for name, contender in list(contenders.items()) * args.rounds:
+        bar.set_description(name)
+        if "error" not in results[name]:
             try:
-                with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                    figures = process.submit(measure, prepare, args, "compiled" in name).result()
-                seconds = results.get(name, {}).get("seconds", [])
-                results[name] = figures | {"seconds": seconds + figures["seconds"]}
-            except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
-                results[name] = {"error": "out of memory, or killed"}
-            bar.update()
+                result = alone(attempt, contender, args, keep)
+            except MemoryError as error:
+                result = {"error": str(error)}
+            if "error" in result:
+                bar.write(f"{name}: {result['error']}")
+            else:
+                result["seconds"] += results[name]["seconds"]
+            results[name] = result
+        bar.update()
     return results
 
 
-def compare(task: str, results: dict[str, dict], limits: dict[str, float], images: int) -> list[dict]:
-    """The figures of each contender, beside those of the first. limits: FLOP/s reached by each of CEILINGS; images:
-    in a run.
-    """
-    first, rows = next(iter(results.values())), []
-    needed = min((r["flops"] for r in results.values() if r.get("flops")), default=0)
-    reference = results.get("float32", {}).get("output")
-    for name, result in results.items():
-        row = {"task": task, "contender": name}
-        rows.append(row)
-        if "error" in result:
-            row |= result
-            continue
-        seconds = median(result["seconds"])
-        row |= {"seconds": seconds, "runs": result["seconds"]}
-        row |= {"images_per_second": images / seconds if images else None, "peak_bytes": result["peak_bytes"]}
-        if needed and task != "load":
-            dtype = "bfloat16" if "bfloat16" in name else "float32"
-            best = max(rate for limit, rate in limits.items() if limit.endswith(dtype))
-            row |= {"flops": needed, "share_of_ceiling": needed / seconds / best}
-        if "seconds" in first:
-            row["speedup"] = median(first["seconds"]) / seconds
-        if task == "sample" and reference is not None and name != "float32":
-            a, b = (torch.from_numpy(x) / 2 + 0.5 for x in (result["output"], reference))
-            row["psnr_to_float32"] = float(psnr(a, b).clamp(max=200).mean())  # JSON has no infinity
+def compare(contenders: dict[str, Contender], results: dict[str, dict], limits: dict[str, float]) -> dict[str, dict]:
+    """{contender: what the table shows, and its "runs"; or an "error"}. limits: FLOP/s by each of CEILINGS."""
+    good = {name: result for name, result in results.items() if "error" not in result}
+    seconds = {name: median(result["seconds"]) for name, result in good.items()}
+    needed = min((result["flops"] for result in good.values() if result["flops"]), default=0)
+    reference, rows = good.get("float32", {}).get("image"), dict(results)
+    for name, result in good.items():
+        row = {"seconds": seconds[name], "runs": result["seconds"], "peak, GB": result["peak"] / 1e9}
+        rates = [rate for limit, rate in limits.items() if CEILINGS[limit].dtype == contenders[name].dtype]
+        if needed and rates:
+            row |= {"flops": needed, "of the ceiling": needed / seconds[name] / max(rates)}
+        row["times as fast"] = next(iter(seconds.values())) / seconds[name]
+        if reference is not None and name != "float32":
+            a, b = (torch.from_numpy(x) / 2 + 0.5 for x in (result["image"], reference))
+            row["PSNR to float32"] = psnr(a, b).clamp(max=200).item()  # JSON has no infinity
+        rows[name] = row
     return rows
-
-
-def table(rows: list[dict]) -> str:
-    """A Markdown table; what was not measured stays empty."""
-    columns = {
-        "seconds": ("seconds", "{:.3g}".format),
-        "images/s": ("images_per_second", "{:.3g}".format),
-        "peak, GB": ("peak_bytes", lambda peak: f"{peak / 1e9:.2f}"),
-        "of the ceiling": ("share_of_ceiling", "{:.0%}".format),
-        "times as fast": ("speedup", "{:.2f}".format),
-        "PSNR to float32, dB": ("psnr_to_float32", "{:.1f}".format),
-    }
-    lines = {}
-    for row in rows:
-        cells = {title: text(row[key]) for title, (key, text) in columns.items() if row.get(key) is not None}
-        if "error" in row:
-            cells["seconds"] = row["error"]
-        lines[f"{row['task']}: {row['contender']}"] = cells
-    return markdown("", lines, columns)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -332,7 +342,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     # fmt: off
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("tasks", nargs="*", metavar="TASK", help="sample, train, scene, load (default: all)")
+    add("tasks", nargs="*", metavar="TASK", help=f"{', '.join(CONTENDERS)} (default: all)")
     add("--full", action="store_true", help="50 steps, and compiled contenders on a CPU too: an hour or more there")
     add("--model", type=Path, metavar="DIR", default=SD21,
         help="a C-DiffSET model folder (default: %(default)s, made if it is not there)")
@@ -345,9 +355,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--device", help=DEVICE)
     # fmt: on
     args = parser.parse_args(arguments)
-    for task in args.tasks:
-        if task not in CONTENDERS:
-            parser.error(f"no task {task!r}: choose from {', '.join(CONTENDERS)}")
+    if unknown := [task for task in args.tasks if task not in CONTENDERS]:  # choices=... would refuse none at all
+        parser.error(f"no task {unknown[0]!r}: choose from {', '.join(CONTENDERS)}")
     return args
 
 
@@ -358,40 +367,31 @@ def main(arguments: list[str] | None = None) -> int:
     args.size = args.size or (512 if on_gpu(args) else 256)
     args.steps = args.steps or (50 if args.full else 4)
     args.batch_size = args.batch_size or (8 if on_gpu(args) else 1)
-    if not args.model.exists():
+    about = origin("bench.py", arguments, args)
+    path = args.out / f"bench-{re.sub('[^A-Za-z0-9]+', '-', about['machine']).strip('-')}.json"
+    report = read_json(path) if path.exists() else {}  # of other runs; those tasks that this one measures are replaced
+    if not (args.model / "model_index.json").exists():  # what is written last
         if args.model != SD21:
             raise ValueError(f"{str(args.model)!r} is not there: give a C-DiffSET model folder, as train.py writes")
         print(f"making {SD21}: random weights, 3.8 GB, once")
-        make_sd21(SD21)
-    compiled, references = args.full or on_gpu(args), find_spec("diffusers") is not None
-    if not references:
-        print("diffusers is not installed (pip install diffusers): only this implementation is measured")
-
-    def wanted(name: str) -> bool:
-        return (compiled or "compiled" not in name) and (references or "diffusers" not in name)
-
-    tasks = {task: [name for name in CONTENDERS[task] if wanted(name)] for task in args.tasks or CONTENDERS}
+        alone(make_sd21, SD21)  # Linux counts the peak of this process as one of those that it starts
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rows = []
+    compiled = args.full or on_gpu(args)
+    tasks = {
+        task: {name: contender for name, contender in CONTENDERS[task].items() if compiled or not contender.compiled}
+        for task in args.tasks or CONTENDERS
+    }
     with tqdm(total=args.rounds * (len(CEILINGS) + sum(map(len, tasks.values()))), unit="turn") as bar:
         reached = take_turns(CEILINGS, Namespace(**vars(args) | {"runs": 5}), bar)
-        if any("error" in result for result in reached.values()):
-            raise ValueError(
-                "out of memory, or killed, while the machine's ceilings were measured: close other programs"
-            )
-        limits = {name: result["flops"] / min(result["seconds"]) for name, result in reached.items()}
-        for task, names in tasks.items():
-            images = args.batch_size if task == "train" else 1
-            contenders = {name: CONTENDERS[task][name] for name in names}
-            results = take_turns(contenders, Namespace(**vars(args) | {"batch_size": images}), bar)
-            rows += compare(task, results, limits, 0 if task == "load" else images)
-
-    about = origin("bench.py", arguments, args)
-    peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.items())
-    print(f"{about['machine']}, {args.size}x{args.size}, {args.steps} steps; ceilings in GFLOP/s: {peaks}\n")
-    print(table(rows))
-    path = args.out / f"bench-{re.sub('[^A-Za-z0-9]+', '-', about['machine']).strip('-')}.json"
-    write_json(path, about | {"ceilings": limits, "rows": rows})
+        limits = {name: r["flops"] / min(r["seconds"]) for name, r in reached.items() if "error" not in r}
+        peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.items())
+        bar.write(f"{about['machine']}, {args.size}x{args.size}, {args.steps} steps; ceilings in GFLOP/s: {peaks}")
+        for task, contenders in tasks.items():
+            rows = compare(contenders, take_turns(contenders, args, bar, task == "sample"), limits)
+            report[task] = about | {"ceilings": limits, "rows": rows}
+            write_json(path, report)
+            shown = [column for column in COLUMNS if any(column in row for row in rows.values())]
+            bar.write(f"\n{markdown(task, rows, shown)}")
     print(f"wrote {path}")
     return 0
 

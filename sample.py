@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cdiffset import CDiffSET, __version__, denoise, pad_to_multiple
+from cdiffset import CDiffSET, __version__, pad_to_multiple
 from cli import DEVICE, Parser, one_line, out_of_memory, positive, run, seed_number
 from data import walk_images
 from images import to_uint8
@@ -136,18 +136,17 @@ def load_model(path: Path, unet: str | None, dtype: str, device: str) -> CDiffSE
 
 
 def compile_unet(model: CDiffSET) -> None:
-    """Compiles the U-Net in place, and tries it. ValueError: no compiler here that torch.compile can use."""
-    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+    """Has the U-Net compiled, when it is first called. ValueError: no compiler here that torch.compile can use.
 
-    model.unet.compile()
-    side = 2 * model.unet.unit
-    z = model.prompt_embedding.new_zeros(2, model.vae.config["latent_channels"], side, side)
+    That is tried with a function of one addition, since the U-Net itself is to meet no other shape than that in use:
+    at a second one, torch.compile compiles it again for shapes of all kinds, which is slower.
+    """
     try:
-        with torch.inference_mode(), model.unet.keeping(model.prompt_embedding):  # as `translate` will call it
-            denoise(model.unet, z, z, 500, model.prompt_embedding)
-    except TorchDynamoException as error:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=model.device))
+    except Exception as error:  # of many classes
         reason = one_line(str(error).split("\n\n")[0])  # and not the advice to developers that follows
-        raise ValueError(f"--compile: torch.compile does not work here: {reason}") from error
+        raise ValueError(f"torch.compile does not work here: {reason}") from error
+    model.unet.compile()
 
 
 def translate_images(model: CDiffSET, images: list[Tensor], args: argparse.Namespace, bar: tqdm) -> list[Translation]:
@@ -317,7 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
     model = load_model(args.model or TINY, args.unet, args.dtype, device)
     check(args, model)
     if args.compile:
-        compile_unet(model)
+        try:
+            compile_unet(model)
+        except ValueError as error:
+            raise ValueError(f"--compile: {error}") from error
     kinds = ["eo"] + ["confidence"] * model.has_variance + ["spread"] * (args.samples > 1)
     first = rank() == 0
     if first:

@@ -37,60 +37,78 @@ CASES = [(task, name) for task, contenders in bench.CONTENDERS.items() for name 
 def test_every_contender_runs(args, task, name):
     if "diffusers" in name:
         pytest.importorskip("diffusers")
-    figures = bench.measure(bench.CONTENDERS[task][name], args, compiled=False)
-    assert len(figures["seconds"]) == 1 and figures["peak_bytes"] > 1e7
+    figures = bench.measure(bench.CONTENDERS[task][name], args, keep=task == "sample")
+    assert len(figures["seconds"]) == 1 and figures["peak"] > 1e7
     assert (figures["flops"] > 1e6) == (task != "load")
-    assert (figures["output"] is not None) == (task == "sample" or name.endswith("one image"))
+    assert (figures["image"] is not None) == (task == "sample")
 
 
 def test_the_contenders_translate_alike(args):
     """The released algorithm in diffusers, ours in float32 and in bfloat16: within 40 dB."""
     pytest.importorskip("diffusers")
     names = (bench.RELEASED, "float32", "bfloat16")
-    made = [bench.measure(bench.CONTENDERS["sample"][name], args, compiled=False)["output"] for name in names]
+    made = [bench.measure(bench.CONTENDERS["sample"][name], args, keep=True)["image"] for name in names]
     released, float32, bfloat16 = (torch.from_numpy(x) / 2 + 0.5 for x in made)
     assert float32.std() > 0.01 and (released - float32).abs().max() < 1e-4
     assert psnr(bfloat16, float32).min() > 40
 
 
 def test_the_convolutions_flops_are_counted(args):
-    figures = bench.measure(bench.CEILINGS["convolution float32"], args, compiled=False)
+    figures = bench.measure(bench.CEILINGS["convolution float32"], args)
     assert figures["flops"] == 2 * 8 * 64 * 64 * 320 * 320 * 9
 
 
-def test_rows_give_medians_and_ratios():
+def test_rows_give_medians_and_ratios(monkeypatch):
     image = np.zeros((1, 3, 4, 4), np.float32)
+    contenders = {
+        "diffusers": bench.Contender(bench.translating),
+        "float32": bench.Contender(bench.translating),
+        "bfloat16 compiled": bench.Contender(bench.translating, "bfloat16", compiled=True),
+        "huge": bench.Contender(bench.translating),
+    }
     results = {
-        "diffusers float32": {"seconds": [4.0, 9.0, 5.0], "peak_bytes": 7e9, "flops": 60, "output": image},
-        "float32": {"seconds": [2.0, 2.5, 8.0], "peak_bytes": 3e9, "flops": 50, "output": image + 0.2},
-        "bfloat16 compiled": {"seconds": [1.0], "peak_bytes": 2e9, "flops": None, "output": image},
+        "diffusers": {"seconds": [4.0, 9.0, 5.0], "peak": 7e9, "flops": 60, "image": image},
+        "float32": {"seconds": [2.0, 2.5, 8.0], "peak": 3e9, "flops": 50, "image": image + 0.2},
+        "bfloat16 compiled": {"seconds": [1.0], "peak": 2e9, "flops": None, "image": image},
         "huge": {"error": "out of memory"},
     }
     limits = {"convolution float32": 80, "matrix product float32": 100, "convolution bfloat16": 200}
-    rows = bench.compare("sample", results, limits, 10)
-    assert [row.get("seconds") for row in rows] == [5, 2.5, 1, None]
-    assert [row.get("speedup") for row in rows] == [1, 2, 5, None]
-    assert [row.get("images_per_second") for row in rows] == [2, 4, 10, None]
-    assert [row.get("share_of_ceiling") for row in rows] == pytest.approx([0.1, 0.2, 0.25, None])  # of 50 FLOPs
-    assert [row.get("psnr_to_float32") for row in rows] == [pytest.approx(20), None, pytest.approx(20), None]
-    lines = bench.table(rows).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[2] == ["sample: diffusers float32", "5", "2", "7.00", "10%", "1.00", "20.0"]
-    assert cells[5] == ["sample: huge", "out of memory", "", "", "", "", ""]
+    rows = bench.compare(contenders, results, limits)
+    assert list(rows) == list(contenders) and rows.pop("huge") == {"error": "out of memory"}
+
+    def column(name):
+        return [row.get(name) for row in rows.values()]
+
+    assert column("seconds") == [5, 2.5, 1] and column("times as fast") == [1, 2, 5] and column("peak, GB") == [7, 3, 2]
+    assert column("of the ceiling") == pytest.approx([0.1, 0.2, 0.25])  # of 50 FLOPs
+    assert column("PSNR to float32") == [pytest.approx(20), None, pytest.approx(20)]
 
 
-def test_a_run_writes_a_table_and_a_file(model_path, tmp_path, capsys, monkeypatch):
+def test_a_contender_that_fails_is_told_and_the_others_go_on(args, tmp_path):
+    args.model = tmp_path  # which holds no model, but can be read
+    contenders = {name: bench.CONTENDERS["load"][name] for name in ("reading the files", "float32")}
+    with bench.tqdm(total=2, disable=True) as bar:
+        results = bench.take_turns(contenders, args, bar)
+    assert len(results["reading the files"]["seconds"]) == 1
+    assert results["float32"]["error"].startswith("ValueError: ") and "\n" not in results["float32"]["error"]
+
+
+def test_a_run_writes_a_table_and_keeps_the_other_tasks_of_its_file(model_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "CEILINGS", {})  # they take no part in it
     arguments = ["load", "--model", str(model_path), "--out", str(tmp_path), "--rounds", "1", "--runs", "1"]
     assert bench.main(arguments) == 0
-    out = capsys.readouterr().out
     (path,) = tmp_path.glob("bench-*.json")
     result = json.loads(path.read_text())
-    assert {"machine", "torch", "date", "settings", "ceilings", "rows"} < result.keys()
-    rows = result["rows"]
-    assert rows[0]["contender"] == "reading the files" and rows[-1]["contender"] == "float32"
-    assert all(row["speedup"] == rows[0]["seconds"] / row["seconds"] for row in rows)
-    assert "| load: float32 " in out
+    path.write_text(json.dumps({"load": "old", "train": "kept"}))
+    assert bench.main(arguments) == 0
+    assert "| float32 " in capsys.readouterr().out
+    again = json.loads(path.read_text())
+    assert set(again) == {"load", "train"} and again["train"] == "kept"
+    assert {"command", "machine", "torch", "date", "settings", "ceilings", "rows"} <= again["load"].keys()
+    rows = result["load"]["rows"]
+    assert list(rows)[0] == "reading the files" and list(rows)[-1] == "float32"
+    first = rows["reading the files"]["seconds"]
+    assert all(row["times as fast"] == first / row["seconds"] for row in rows.values() if "error" not in row)
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
@@ -99,3 +117,4 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["fly"])
     assert "choose from sample, train, scene, load" in capsys.readouterr().err
+    assert bench.parse([]).tasks == [] and bench.parse(["load", "train"]).tasks == ["load", "train"]
