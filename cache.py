@@ -71,7 +71,7 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
         held = file.stat().st_size if file.exists() else 0
         if was != about:
             if was is not None and held:
-                what = "the cache of another model, dataset, split (--seed), --size or --no-flips"
+                what = "the cache of another model, dataset (or copied files), split (--seed), --size or --no-flips"
                 raise ValueError(f"{folder} holds {what}: delete it, or name another folder")
             file.unlink(missing_ok=True)
             held = 0
@@ -95,4 +95,4 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
                     latents = model.encode(turned.to(model.device)).cpu().numpy().astype(np.float16)
                     output.write(latents.tobytes())
         except OSError as error:
-            raise ValueError(f"{file}: {error}; the same command goes on from pair {done} or later") from error
+            raise ValueError(f"{file}: {error}; the same command goes on where it stopped") from error

@@ -198,8 +198,10 @@ class State:
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
+            # a mean of all weights at first, which else would long be those of the start
+            decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
             for name, average in self.average.items():
-                average.lerp_(self.parameters[name], 1 - self.settings.ema)
+                average.lerp_(self.parameters[name], 1 - decay)
         self.step += 1
 
     @contextmanager

@@ -173,8 +173,12 @@ def open_geotiff(path: str | Path) -> Any:
     os.environ |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "CPL_LOG": os.devnull}
     with _decoding(repr(str(path))):  # only GTiff: GDAL's other drivers can reach other files and the network
         dataset = rasterio.open(Path(path).absolute(), driver="GTiff")
+        try:
+            several = len(dataset.subdatasets) > 0
+        except rasterio._err.CPLE_BaseError as error:  # which only here rasterio does not turn into one of its own
+            raise OSError(error) from error
     _check_size(path, dataset.width, dataset.height)
-    if dataset.subdatasets:
+    if several:
         raise ImageError(f"{str(path)!r} holds several pictures: save the right one as a file of its own")
     if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535, and reading them one by one takes an hour
         raise ImageError(f"{str(path)!r} has {dataset.count} bands: SAR images have one to four, EO images 13 at most")

@@ -7,7 +7,8 @@ What a step computes depends on the step's number alone: the order of the data, 
 are drawn from (seed, sample position), where sample j of step k has position k * batch_size + j. So no random
 state needs saving; a run that was killed and resumed equals one that was not, and N processes see the data of one.
 
-A checkpoint comes before the validation of its step, which may fail: a run that goes on from there begins with it.
+Where a step has both, its checkpoint comes before its validation, which may fail: a run that goes on from there begins
+with it.
 """
 
 import math
@@ -119,7 +120,8 @@ def fit(
                 names = [name(settings.batch_size * state.step + i) for i in range(settings.batch_size)]
                 raise ValueError(
                     f"step {state.step + 1}: the loss is {value}, its gradient's norm {norm}; "
-                    f"{last_checkpoint(settings.out)}; try a lower --lr or --dtype float32; batch: {', '.join(names)}"
+                    f"{last_checkpoint(settings.out)}; begin another run, from {settings.out}/model if that is good, "
+                    f"with a lower --lr or --dtype float32; batch: {', '.join(names)}"
                 )
             state.update(rate)
 

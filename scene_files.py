@@ -85,13 +85,14 @@ Results = Iterable[tuple[int, int, dict[str, np.ndarray]]]
 
 def write_pictures(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
     """Writes PNGs, transparent where there is no data; confidence from lowest to highest, spread in whole levels."""
-    whole = {}
+    whole, valid = {}, np.empty((source.height, source.width), bool)
     for top, left, parts in results:
+        place = slice(top, top + parts["eo"].shape[0]), slice(left, left + parts["eo"].shape[1])
+        valid[place] = source.window(*place).valid
         for kind, part in parts.items():
             if kind not in whole:
-                whole[kind] = np.empty((source.height, source.width, *part.shape[2:]), part.dtype)
-            whole[kind][top : top + part.shape[0], left : left + part.shape[1]] = part
-    valid = source.window(slice(0, source.height), slice(0, source.width)).valid
+                whole[kind] = np.empty((*valid.shape, *part.shape[2:]), part.dtype)
+            whole[kind][place] = part
     mask = np.where(valid, 255, 0).astype(np.uint8)
     with ExitStack() as names:  # all get their names in the end, or none
         for kind, picture in whole.items():

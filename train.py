@@ -15,6 +15,7 @@ The paper trains in two stages; so it goes in two commands:
     python train.py --data sen12/ --loss cdiff --model runs/stage1/model --out runs/stage2
 
 Ctrl-C or SIGTERM finishes the step, saves, and stops; the same command with --resume goes on, to the same result.
+(torchrun kills 30 seconds after a signal: give it --shutdown-timeout 600.)
 """
 
 import argparse
@@ -157,7 +158,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the arithmetic; weights stay float32 (default: bfloat16 on GPUs, else float32)")
     add("--cache", type=Path, metavar="DIR",
-        help="encode all images once and train from their latents: up to twice as fast (default: encode each time)")
+        help="encode all images, of exactly --size, once; train from latents: up to twice as fast (default: do not)")
     add("--checkpointing", action="store_true", help="recompute activations: much less memory, a third slower")
     add("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
 
@@ -180,7 +181,9 @@ def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[st
 
     Of the model only what is frozen counts, since the U-Net's weights come from the checkpoint.
     """
-    frozen = [network_digest(model.vae), model.prompt_embedding.tolist(), model.unet.config, model.scheduler.config]
+    # the prompt's embedding by shape alone: computed anew from a text encoder, its last bits differ between machines
+    shape = tuple(model.prompt_embedding.shape)
+    frozen = [network_digest(model.vae), shape, model.unet.config, model.scheduler.config]
     chosen = {key: getattr(args, key) for key in ("loss", "size", "no_flips", "validate_images", "validate_steps")}
     data = dataset_name(found, args.data)
     return chosen | {"cache": bool(args.cache), "data": data, "model": f"{seed_of(frozen):016x}"}
@@ -256,7 +259,7 @@ def summary(args: argparse.Namespace, code: int) -> str:
     state = "stopped" if code else "done"
     lines = [f"{state}: {len(log)} of {args.steps} steps in {seconds / 60:.1f} min; everything is in {args.out}/"]
     if best:
-        score = f"PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f} on {args.validate_images} held-out pairs"
+        score = f"PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f} on the held-out pairs it looks at"
         lines.append(f"best at step {best['step']}: {score}")
         lines.append(f"translate with: python sample.py SAR.png --model {args.out / 'model'}")
     if code:

@@ -209,6 +209,22 @@ def test_a_truncated_geotiff_and_a_lying_header_are_named(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_tiff_of_several_pictures_is_refused_however_it_is_compressed(tmp_path):
+    pytest.importorskip("rasterio")
+    pages = [Image.fromarray(noise(16, 16)) for _ in range(3)]
+    for compression in (None, "tiff_lzw"):
+        pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:], compression=compression)
+        with pytest.raises(images.ImageError, match=r"a\.tif.* pictures: save the right one"):
+            images.read_sar(tmp_path / "a.tif")
+
+
+def test_a_few_negative_intensities_make_no_decibels(tmp_path):
+    linear = RNG.gamma(1, 0.1, (1, 16, 16)).astype("float32")
+    linear[0, 3, 3] = -1e-6  # as resampling leaves them
+    raster = images.read_raster(geotiff(tmp_path / "a.tif", linear))
+    assert images.sar_range(raster)[1] < 1
+
+
 def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path, tmp_path / "pipe.png", tmp_path / "missing.png"):
