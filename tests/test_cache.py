@@ -105,7 +105,9 @@ def test_the_cache_of_another_vae_dataset_or_size_is_refused_and_left_alone(mode
         (model, PairDataset(find_pairs(touched).pairs, 64)),
         (model, PairDataset(pairs.pairs, 64, flips=False)),
     ):
-        with pytest.raises(ValueError, match="another model, dataset .or copied files., split .--seed., --size or --no-flips: delete"):
+        with pytest.raises(
+            ValueError, match="another model, dataset .or copied files., split .--seed., --size or --no-flips: delete"
+        ):
             build_cache(changed, samples, folder)
     assert (folder / "latents.bin").read_bytes() == before
     build_cache(model, PairDataset(pairs.pairs, 64, seed=4), folder)  # another order of the same pairs is fine

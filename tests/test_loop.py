@@ -121,7 +121,7 @@ def test_the_noise_of_a_sample_follows_from_the_seed_and_its_position_alone():
 
 
 def test_training_is_clipped_adamw_at_the_scheduled_rate_and_the_average_follows(tmp_path):
-    _, trained = train(tmp_path / "run", steps=20, clip=0.5, ema=0.9)
+    _, trained = train(tmp_path / "run", steps=20, clip=0.5, ema=0.5)
 
     network = make_network()
     average = [p.detach().clone() for p in network.parameters()]
@@ -133,7 +133,8 @@ def test_training_is_clipped_adamw_at_the_scheduled_rate_and_the_average_follows
         (network(x) - y).square().mean().backward()
         nn.utils.clip_grad_norm_(network.parameters(), 0.5)
         optimizer.step()
-        average = [0.9 * a + 0.1 * p.detach() for a, p in zip(average, network.parameters())]
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, network.parameters())]
 
     saved = load_file(checkpoints(tmp_path / "run")[-1])
     for (name, p), q, a in zip(network.named_parameters(), trained.parameters(), average):
