@@ -84,7 +84,9 @@ def _decoding(name: str) -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name} has over {Image.MAX_IMAGE_PIXELS:,} pixels: cut it into parts") from None
-    except DAMAGE as error:
+    except Exception as error:
+        if not isinstance(error, DAMAGE) and type(error).__module__ != "rasterio._err":  # GDAL's, which escape at times
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name} cannot be read as PNG, JPEG or TIFF (damaged?): {reason}") from None
 
@@ -173,13 +175,9 @@ def open_geotiff(path: str | Path) -> Any:
     os.environ |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "CPL_LOG": os.devnull}
     with _decoding(repr(str(path))):  # only GTiff: GDAL's other drivers can reach other files and the network
         dataset = rasterio.open(Path(path).absolute(), driver="GTiff")
-        try:
-            several = len(dataset.subdatasets) > 0
-        except rasterio._err.CPLE_BaseError as error:  # which only here rasterio does not turn into one of its own
-            raise OSError(error) from error
+        if dataset.subdatasets:
+            raise ImageError(f"{str(path)!r} holds several pictures: save the right one as a file of its own")
     _check_size(path, dataset.width, dataset.height)
-    if several:
-        raise ImageError(f"{str(path)!r} holds several pictures: save the right one as a file of its own")
     if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535, and reading them one by one takes an hour
         raise ImageError(f"{str(path)!r} has {dataset.count} bands: SAR images have one to four, EO images 13 at most")
     return dataset
@@ -195,18 +193,19 @@ def read_window(
     """
     from rasterio.enums import ColorInterp
 
-    name, dtype, kinds = repr(dataset.name), np.dtype(dataset.dtypes[0]), dataset.colorinterp
+    name, dtype = repr(dataset.name), np.dtype(dataset.dtypes[0])
     if dtype.kind == "c":
         raise ImageError(f"{name} holds complex numbers ({dtype}): save their intensity, |z|^2, as float32")
-    if ColorInterp.palette in kinds:
-        raise ImageError(f"{name} has a palette: save it as grey or RGB")
-    if dtype.kind != "f" and dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"):  # 12 bits kept in 16, say
-        raise ImageError(f"{name} has neither 8 nor 16 bits a pixel: save it with either")
-    indexes = [i for i, kind in enumerate(kinds, 1) if kind != ColorInterp.alpha]
-    height, width = shape or ([axis.stop - axis.start for axis in window] if window else dataset.shape)
-    _check_memory(name, width, height, len(indexes))
-    shape = (len(indexes), height, width)
     with _decoding(name):
+        kinds, bits = dataset.colorinterp, dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
+        if ColorInterp.palette in kinds:
+            raise ImageError(f"{name} has a palette: save it as grey or RGB")
+        if dtype.kind != "f" and bits:  # 12 bits kept in 16, say
+            raise ImageError(f"{name} has neither 8 nor 16 bits a pixel: save it with either")
+        indexes = [i for i, kind in enumerate(kinds, 1) if kind != ColorInterp.alpha]
+        height, width = shape or ([axis.stop - axis.start for axis in window] if window else dataset.shape)
+        _check_memory(name, width, height, len(indexes))
+        shape = (len(indexes), height, width)
         bands = dataset.read(indexes, window=window, out_shape=shape)
         masks = dataset.read_masks(indexes, window=window, out_shape=shape)
     return Raster(bands, _finite(bands, masks.all(0) if dtype.kind == "f" else masks.any(0)), name)
