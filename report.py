@@ -74,12 +74,13 @@ def lines(axes: Any, title: str, x: str, y: str, series: dict[str, Series], log:
     for name, line in series.items():
         values = np.array(line.values, dtype=np.float64).reshape(len(line.x), -1)
         spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
-        few = len(line.x) <= 12
-        look = {"fmt": line.style + "o" * (few and line.style == "-"), "color": line.colour}
-        axes.errorbar(line.x, values.mean(axis=1), spread, label=name, capsize=2, elinewidth=1, **look)
-        if "x" in log and few:
-            axes.set_xticks(line.x, [f"{tick:g}" for tick in line.x])
-            axes.minorticks_off()
+        marker = "o" * (line.style == "-" and len(line.x) <= 12)
+        look = {"fmt": line.style + marker, "color": line.colour, "capsize": 2, "elinewidth": 1}
+        axes.errorbar(line.x, values.mean(axis=1), spread, label=name, **look)
+    ticks = max((line.x for line in series.values()), key=len)
+    if "x" in log and len(ticks) <= 12:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     if sum(not name.startswith("_") for name in series) > 1:
         axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=columns, columnspacing=1, handlelength=1.5)
 
