@@ -77,7 +77,8 @@ class ImageError(ValueError):
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decoding(path: str | Path) -> Iterator[None]:
+    name = repr(str(path))
     try:
         yield
     except ImageError:
@@ -87,6 +88,8 @@ def _decoding(name: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, DAMAGE) and type(error).__module__ != "rasterio._err":  # GDAL's, which escape at times
             raise
+        if not Path(path).exists():  # removed since it was listed
+            raise ImageError(f"{name} is missing") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name} cannot be read as PNG, JPEG or TIFF (damaged?): {reason}") from None
 
@@ -110,7 +113,7 @@ def needs_rasterio(path: str | Path) -> bool:
     path, name = Path(path), repr(str(path))
     if not path.is_file():  # a named pipe would have us wait for ever
         raise ImageError(f"{name} is {'not a file' if path.exists() else 'missing'}")
-    with _decoding(name):
+    with _decoding(path):
         with path.open("rb") as file:
             if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
                 return False
@@ -142,7 +145,7 @@ def _check_memory(name: str, width: int, height: int, bands: int) -> None:
 def read_picture(path: str | Path) -> Raster:
     """A whole PNG, JPEG, or TIFF of which `needs_rasterio` is False; ImageError as from `read_raster`."""
     name = repr(str(path))
-    with _decoding(name), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+    with _decoding(path), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ImageError(f"{name} holds {image.n_frames} pictures: save the right one as a file of its own")
         if image.mode not in MODES:
@@ -173,11 +176,11 @@ def open_geotiff(path: str | Path) -> Any:
     # Files beside it (.ovr, .aux.xml, ...) are left alone: they can make GDAL read any file and the network. In the
     # environment, since rasterio's own settings hold for one thread. Its warnings would go to stderr; errors raise.
     os.environ |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "CPL_LOG": os.devnull}
-    with _decoding(repr(str(path))):  # only GTiff: GDAL's other drivers can reach other files and the network
+    with _decoding(path):  # only GTiff: GDAL's other drivers can reach other files and the network
         dataset = rasterio.open(Path(path).absolute(), driver="GTiff")
         if dataset.subdatasets:
             raise ImageError(f"{str(path)!r} holds several pictures: save the right one as a file of its own")
-    _check_size(path, dataset.width, dataset.height)
+        _check_size(path, dataset.width, dataset.height)
     if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535, and reading them one by one takes an hour
         raise ImageError(f"{str(path)!r} has {dataset.count} bands: SAR images have one to four, EO images 13 at most")
     return dataset
@@ -196,7 +199,7 @@ def read_window(
     name, dtype = repr(dataset.name), np.dtype(dataset.dtypes[0])
     if dtype.kind == "c":
         raise ImageError(f"{name} holds complex numbers ({dtype}): save their intensity, |z|^2, as float32")
-    with _decoding(name):
+    with _decoding(dataset.name):
         kinds, bits = dataset.colorinterp, dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
         if ColorInterp.palette in kinds:
             raise ImageError(f"{name} has a palette: save it as grey or RGB")

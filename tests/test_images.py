@@ -232,6 +232,15 @@ def test_what_is_no_file_is_named(tmp_path):
             images.read_sar(path)
 
 
+@pytest.mark.parametrize("make", [picture, lambda path: geotiff(path, np.zeros((2, 16, 16), "float32"))])
+def test_a_file_that_is_removed_while_it_is_opened_is_missing(tmp_path, make):
+    path = make(tmp_path / "a.tif")
+    plain = not images.needs_rasterio(path)
+    path.unlink()
+    with pytest.raises(images.ImageError, match=r"a\.tif' is missing"):
+        images.read_picture(path) if plain else images.open_geotiff(path)
+
+
 def test_a_geotiff_without_rasterio_says_what_to_install(tmp_path, monkeypatch):
     path = geotiff(tmp_path / "a.tif", np.zeros((2, 16, 16), "float32"))
     plain = picture(tmp_path / "plain.tif")
