@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,8 +180,10 @@ def describe(found: Pairs) -> list[str]:
     """What was found, in lines to print. Reads the first pairs, so it also says early what cannot be read."""
 
     def raster(path: Path) -> str:
-        bands = read_raster(path).bands
-        return f"{path.name!r}: {bands.shape[2]}x{bands.shape[1]}, {len(bands)} band(s) of {bands.dtype}"
+        bands, valid, _ = read_raster(path)
+        values = bands[:, valid] if valid.any() else bands
+        size = f"{bands.shape[2]}x{bands.shape[1]}, {len(bands)} band(s)"
+        return f"{path.name!r}: {size} of {bands.dtype}, {values.min():g} to {values.max():g}"
 
     scenes = len({pair.scene for pair in found.pairs})
     lines = [f"{found.layout}: {len(found.pairs):,} pairs in {scenes:,} scenes"]
@@ -200,8 +203,7 @@ def mask_path(pair: Pair, kind: str) -> Path | None:
 def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
     """synth.py's "change" or "class" mask of a pair, uint8 (H, W), or its central crop. It must be there."""
     with Image.open(mask_path(pair, kind)) as image:
-        mask = np.asarray(image)
-    return center_crop(mask, size) if size else mask
+        return center_crop(np.asarray(image), size)
 
 
 def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> tuple[list[Pair], list[Pair]]:
@@ -300,20 +302,34 @@ def crop_and_orient(image: Tensor, size: int, top: int, left: int, orientation: 
     return orient(image[..., top : top + size, left : left + size], orientation)
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """(..., H, W) -> (..., size, size). ValueError: the image is smaller."""
+def center_crop(image: Tensor, size: int | None) -> Tensor:
+    """(..., H, W) -> (..., size, size), or all if that is None. ValueError: the image is smaller."""
+    if size is None:
+        return image
     down, right = room(*image.shape[-2:], size)
     top, left = down // 2, right // 2
     return image[..., top : top + size, left : left + size]
 
 
-def read_pair(pair: Pair, read: Callable[[Path], Tensor] = read_sar) -> tuple[Tensor, Tensor]:
-    """SAR (or what `read` reads) and EO, float32 (3, H, W) in [-1, 1]. ValueError names the file that is wrong."""
+def read_pair(
+    pair: Pair, cut: Callable[[Tensor], Tensor] = lambda image: image, read: Callable[[Path], Tensor] = read_sar
+) -> tuple[Tensor, Tensor]:
+    """SAR (or what `read` reads) and EO, float32 (3, H, W) in [-1, 1], both `cut`. ValueError names the file that is
+    wrong.
+    """
     sar, eo = read(pair.sar), read_eo(pair.eo)
     if sar.shape != eo.shape:
         sizes = [f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pair.sar, sar), (pair.eo, eo))]
         raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: the images of a pair must have equal sizes")
-    return sar, eo
+    try:
+        return cut(sar), cut(eo)
+    except ValueError as error:
+        raise ValueError(f"{str(pair.sar)!r}: {error}") from None
+
+
+def read_center(pair: Pair, size: int | None) -> tuple[Tensor, Tensor]:
+    """`read_pair`, of both images the central (3, size, size); all if the size is None."""
+    return read_pair(pair, partial(center_crop, size=size))
 
 
 def read_batches(
@@ -337,15 +353,15 @@ class PairDataset(torch.utils.data.Dataset):
 
     Position p is entry p % n of the permutation of epoch p // n, augmented by a generator of its own. Both
     depend on the seed and these numbers alone, so that a resumed run, and any number of workers and ranks,
-    see the same samples. With train=False, p is the pair's number, and the crop is central.
+    see the same samples.
     flips: whether images are flipped and turned, as in the paper. A radar looks to one side, where all shadows
     fall and from which all houses lean: without flips, a network learns that side, and no other.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, train: bool = True, flips: bool = True):
+    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, flips: bool = True):
         if not pairs:
             raise ValueError("there are no pairs to read")
-        self.pairs, self.size, self.seed, self.train, self.flips = list(pairs), size, seed, train, flips
+        self.pairs, self.size, self.seed, self.flips = list(pairs), size, seed, flips
         self.epoch, self.order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -354,8 +370,6 @@ class PairDataset(torch.utils.data.Dataset):
 
     def index(self, position: int) -> int:
         """The number of the pair behind a position."""
-        if not self.train:
-            return position
         epoch, index = divmod(position, len(self.pairs))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
@@ -374,15 +388,11 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         """SAR and EO, float32 (3, size, size) in [-1, 1]. ValueError names the file that is wrong."""
-        pair = self.pair(position)
-        sar, eo = read_pair(pair)
-        try:
-            if not self.train:
-                return center_crop(sar, self.size), center_crop(eo, self.size)
-            place = self.augmentation(position, *sar.shape[-2:])
-            return crop_and_orient(sar, self.size, *place), crop_and_orient(eo, self.size, *place)
-        except ValueError as error:
-            raise ValueError(f"{str(pair.sar)!r}: {error}") from None
+
+        def cut(image: Tensor) -> Tensor:
+            return crop_and_orient(image, self.size, *self.augmentation(position, *image.shape[-2:]))
+
+        return read_pair(self.pair(position), cut)
 
 
 def batch_positions(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:

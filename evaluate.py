@@ -41,7 +41,6 @@ from cdiffset import CDiffSET, pad_to_multiple
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import (
     Pair,
-    PairDataset,
     by_name,
     center_crop,
     describe,
@@ -51,6 +50,7 @@ from data import (
     mask_path,
     pair_folders,
     read_batches,
+    read_center,
     read_mask,
     read_pair,
     seed_of,
@@ -101,7 +101,7 @@ def of_folders(args: argparse.Namespace) -> Work:
     pairs = chosen(pair_folders(args.images, args.truth), args)
     files = [image for image, *_ in pairs]
     return Work(
-        "images", "all there are", files, pairs, lambda i: read_pair(pairs[i], read_eo), lambda _image, _truth: {}
+        "images", "all there are", files, pairs, lambda i: read_pair(pairs[i], read=read_eo), lambda _image, _truth: {}
     )
 
 
@@ -113,7 +113,6 @@ def of_model(args: argparse.Namespace, out: Path) -> Work:
     test = chosen(test, args)
     print("\n".join([*describe(found), f"{len(test)} of the held-out pairs, by {split}"]))
     files = [out / "eo" / f"{name}.png" for name in by_name((pair.eo for pair in test), args.data)]
-    read = PairDataset(test, args.size, train=False).__getitem__ if args.size else lambda i: read_pair(test[i])
     mean, colours = training_colours(train)
 
     @torch.inference_mode()
@@ -126,7 +125,7 @@ def of_model(args: argparse.Namespace, out: Path) -> Work:
             "VAE": decoded[:, :, : eo.shape[2], : eo.shape[3]].cpu(),
         }
 
-    work = Work("model", split, files, test, read, yardsticks)
+    work = Work("model", split, files, test, lambda i: read_center(test[i], args.size), yardsticks)
     about = {"vae": network_digest(model.vae), "unet": network_digest(model.unet)} | model.scheduler.config
     keep_settings(work, about, out, args)
     translate(model, work, out, args)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cdiffset import CDiffSET
 from checkpoint import Settings, run_folder
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
-from data import PairDataset, dataset_name, describe, find_pairs, split_pairs
+from data import PairDataset, dataset_name, describe, find_pairs, read_center, split_pairs
 from loop import fit, sample_noise
 from scheduler import DDPMScheduler
 from unet import UNet
@@ -158,9 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = find_pairs(args.data)
     print("\n".join(describe(found)))
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
-    held_out = PairDataset(test_pairs, args.size, train=False)
-    samples = [held_out[i] for i in range(min(HELD_OUT, len(held_out)))]
-    test = [torch.stack(images) for images in zip(*samples)]
+    test = [torch.stack(images) for images in zip(*(read_center(pair, args.size) for pair in test_pairs[:HELD_OUT]))]
 
     torch.manual_seed(args.seed)  # of the initial weights; fit draws everything else by position
     vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)

@@ -96,7 +96,12 @@ def share(stems: dict[Path, Path], number: int, world: int) -> dict[Path, Path]:
 
 
 def open_images(
-    stems: dict[Path, Path], inputs: set[str], kinds: list[str], args: argparse.Namespace, fail: Fail
+    stems: dict[Path, Path],
+    inputs: set[str],
+    kinds: list[str],
+    args: argparse.Namespace,
+    fail: Fail,
+    warn: Callable[[str], None],
 ) -> Iterator[Job]:
     """Opens images in order. Those that cannot be read, or whose results would overwrite the `inputs` (real paths) or
     the results of others, fail.
@@ -114,6 +119,8 @@ def open_images(
                 raise ValueError(f"its results would overwrite those of {str(rival)!r}")
             large = max(source.height, source.width) > args.tile
             image = None if large else source.read(0, source.height, 0, source.width)
+            if source.dark:
+                warn(f"{str(path)!r} will be all but black: its 16-bit numbers are low; for amplitudes, --stretch 1 99")
         except EXPECTED as error:
             fail(path, error)
         else:
@@ -337,10 +344,13 @@ def main(arguments: list[str] | None = None) -> int:
         errors.append(text if name in text else f"{name}: {text}")
         bar.write(f"error: {errors[-1]}", file=sys.stderr)
 
+    def warn(text: str) -> None:
+        bar.write(f"warning: {text}", file=sys.stderr)
+
     stems, done, errors = share(stems, rank(), processes()), {}, []
     total = len(stems) * args.samples * args.steps
     with tqdm(total=total, unit="step", disable=None if first else True) as bar:
-        jobs = open_images(stems, inputs, kinds, args, fail)
+        jobs = open_images(stems, inputs, kinds, args, fail, warn)
         for job, translation in translate_all(model, jobs, args, bar, fail):
             try:
                 save(job, translation, args)

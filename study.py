@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import evaluate
 from cdiffset import CDiffSET, add_variance_channel, denoise
 from checkpoint import Settings, run_folder
-from data import Pair, PairDataset, evenly, mask_path, read_batches, read_mask
+from data import Pair, PairDataset, evenly, mask_path, read_batches, read_center, read_mask
 from loop import fit, precision
 from report import BLUE, GREEN, GREY, ORANGE
 from train import MEASURED_AT, objective
@@ -118,8 +118,7 @@ def trained(name: str, seed: int, train: list[Pair], held_out: list[Pair], args:
 
 def in_batches(pairs: list[Pair], args: argparse.Namespace) -> Iterator[tuple[range, Tensor, Tensor]]:
     """The pairs' numbers, and their SAR and EO images (B, 3, size, size) on the device."""
-    images = PairDataset(pairs, args.size, train=False)
-    for numbers, *batch in read_batches(images.__getitem__, len(images), BATCH):
+    for numbers, *batch in read_batches(lambda i: read_center(pairs[i], args.size), len(pairs), BATCH):
         yield numbers, *(x.to(args.device) for x in batch)
 
 

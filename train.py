@@ -33,7 +33,19 @@ from cache import CachedLatents, build_cache
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, read_table, run_folder
 from cli import DEVICE, Parser, positive, run, seed_number
-from data import PairDataset, Pairs, dataset_name, describe, evenly, find_pairs, read_batches, seed_of, split_pairs
+from data import (
+    Pair,
+    PairDataset,
+    Pairs,
+    dataset_name,
+    describe,
+    evenly,
+    find_pairs,
+    read_batches,
+    read_center,
+    seed_of,
+    split_pairs,
+)
 from files import write_json
 from images import confidence_picture, grid, save_image, to_uint8
 from loop import fit, precision, sample_noise
@@ -79,13 +91,14 @@ def objective(
 
 
 @torch.inference_mode()
-def validate(model: CDiffSET, pairs: PairDataset, steps: int, picture: Path) -> dict[str, float]:
-    """PSNR and SSIM of the translations (few trailing steps), squared error of the prediction at four timesteps.
+def validate(model: CDiffSET, pairs: list[Pair], size: int, steps: int, picture: Path) -> dict[str, float]:
+    """PSNR and SSIM of the translations (few trailing steps), squared error of the prediction at four timesteps, of the
+    central crops of `size` pixels.
 
     The seeds are fixed, so that two validations differ by the model alone. Writes the first few as a picture.
     """
     rows, scores = [], defaultdict(list)  # of the picture; of the images, by metric
-    for numbers, *images in read_batches(pairs.__getitem__, len(pairs), VALIDATED_AT_ONCE):
+    for numbers, *images in read_batches(lambda i: read_center(pairs[i], size), len(pairs), VALIDATED_AT_ONCE):
         sar, eo = (x.to(model.device) for x in images)
         made, confidence = model.translate(sar, steps=steps, seed=numbers, spacing="trailing")
         with precision(model.device, "float32"):  # SSIM is a difference of squares, which bfloat16 would round away
@@ -199,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = find_pairs(args.data)
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
     train = PairDataset(train_pairs, args.size, args.seed, flips=not args.no_flips)
-    held_out = PairDataset(evenly(test_pairs, args.validate_images), args.size, train=False)
+    held_out = evenly(test_pairs, args.validate_images)
     if rank() == 0:
         print("\n".join(describe(found)))
         print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} held out (listed in {args.out / 'split.json'})")
@@ -209,12 +222,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     def check(step: int) -> dict[str, float]:
         with precision(device, args.dtype):
-            return validate(model, held_out, args.validate_steps, args.out / "samples" / f"{step:08d}.png")
+            picture = args.out / "samples" / f"{step:08d}.png"
+            return validate(model, held_out, args.size, args.validate_steps, picture)
 
     with run_folder(settings):
         if rank() == 0:
-            for i in range(len(held_out)):
-                _ = held_out[i]  # which says now, rather than after an hour, if one cannot be read
+            for pair in held_out:
+                read_center(pair, args.size)  # which says now, rather than after an hour, if one cannot be read
             sides = {"train": train_pairs, "test": test_pairs}
             scenes = {side: sorted({pair.scene for pair in pairs}) for side, pairs in sides.items()}
             write_json(args.out / "split.json", {"data": str(args.data), "seed": args.seed, "scenes": scenes})

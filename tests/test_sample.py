@@ -295,6 +295,15 @@ def test_scale_and_stretch_change_what_the_model_sees(run, tmp_path):
     assert not np.array_equal(seen[0], seen[2]) and not np.array_equal(seen[2], seen[3])
 
 
+def test_16_bit_amplitudes_get_a_warning_and_a_stretch_silences_it(run, tmp_path):
+    amplitudes = np.random.default_rng(0).integers(0, 700, (30, 40)).astype("uint16")
+    Image.fromarray(amplitudes).save(tmp_path / "a.png")
+    save(tmp_path / "b.png", dtype=np.uint16)
+    code, _, (line,) = run("a.png", "b.png")
+    assert code == 0 and line.startswith("warning: 'a.png'") and "--stretch 1 99" in line
+    assert not run("a.png", "--stretch", "1", "99")[2]
+
+
 @pytest.mark.skipif(not SENTINEL1.is_dir(), reason="the real tiles are not here")
 def test_real_sentinel_1_tiles(run, tmp_path):
     rasterio = pytest.importorskip("rasterio")

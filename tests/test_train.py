@@ -186,8 +186,7 @@ def test_the_best_model_is_the_one_that_scored_best(whole):
     best = max(scores, key=lambda row: row["psnr"])
     model = CDiffSET.from_pretrained(whole / "model")
     held_out = train.split_pairs(find_pairs(read_json(whole / "split.json")["data"]).pairs)[1]
-    pairs = PairDataset(held_out[:: len(held_out) // 2][:2], 16, train=False)
-    again = train.validate(model, pairs, 2, whole / "again" / "x.png")
+    again = train.validate(model, held_out[:: len(held_out) // 2][:2], 16, 2, whole / "again" / "x.png")
     shutil.rmtree(whole / "again")
     assert again == pytest.approx({key: value for key, value in best.items() if key != "step"}, rel=1e-4)
 
