@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 SCRIPTS = [name for name in MODULES if "run(main)" in (ROOT / f"{name}.py").read_text()]
 README = (ROOT / "README.md").read_text()
+READMES = [ROOT / folder / "README.md" for folder in ("", "models/tiny", "examples")]
 
 
 class Found(Exception):
@@ -74,7 +75,7 @@ def test_every_option_is_described(script, parser_of):
 
 
 def test_every_command_in_a_text_has_options_that_exist(parser_of):
-    texts = [README, *(path.read_text() for path in ROOT.glob("*/**/README.md") if ".venv" not in path.parts)]
+    texts = [path.read_text() for path in READMES]
     texts += [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) for name in MODULES]
     commands = [match for text in texts for match in re.findall(r"(?<![\w/])(\w+)\.py((?: [^\s`#|]+)*)", text)]
     used = [(script, option) for script, rest in commands for option in re.findall(r"(?<!\S)--[a-z-]+", rest)]
@@ -92,9 +93,9 @@ def test_no_text_gives_an_option_another_default(parser_of):
         assert value in {str(script[option].default) for script in known if option in script}, (option, value)
 
 
-def test_the_readme_links_to_files_that_exist():
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert len(links) > 20 and not [link for link in links if not (ROOT / link).exists()]
+def test_every_readme_links_to_files_that_exist():
+    links = [(path, link) for path in READMES for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", path.read_text())]
+    assert len(links) > 20 and not [(path, link) for path, link in links if not (path.parent / link).exists()]
 
 
 def test_the_readme_names_every_module():
