@@ -218,7 +218,7 @@ def draw_steps(_args: argparse.Namespace, results: Scores, picture: Path) -> Non
                 spacing: Series(numbers, [results[f"{spacing}, {number}"][metric] for number in numbers], colour)
                 for spacing, (numbers, colour) in shown.items()
             }
-            lines(axes, "", "denoising steps", QUALITY[metric], series, "x")
+            lines(axes, "", "denoising steps", QUALITY[metric], series, "x", columns=2)
 
 
 # ----------------------------------------------------------------------------------------------------------
