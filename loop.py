@@ -95,7 +95,7 @@ def fit(
     pin = device.type == "cuda"
     network.train()
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", desc=settings.out.name, disable=not first)
-    with caught_signals() as caught, reading(dataset, positions, settings.workers, pin) as parts, bar:
+    with bar, caught_signals() as caught, reading(dataset, positions, settings.workers, pin) as parts:
         stop = False
         while not stop:
             if first and due(settings.validate_every) and validations.last < state.step:
