@@ -61,16 +61,20 @@ def ssim(image: Tensor, truth: Tensor) -> Tensor:
 def scc(image: Tensor, truth: Tensor) -> Tensor:
     """Spatial correlation coefficient (Zhou et al., IJRS 1998): two (B, 3, H, W) in [0, 1] -> (B,).
 
-    Correlation of the Laplacians in 8x8 windows; 0 where one of them is 0 to the last bit. As in torchmetrics, the
-    Laplacian mirrors the border and the windows see zeros beyond it. Raises ValueError if a side is under 8 pixels.
+    Correlation of the Laplacians in 8x8 windows; 0 where one of them is 0. As in torchmetrics, the Laplacian mirrors
+    the border and the windows see zeros beyond it. Raises ValueError if a side is under 8 pixels.
     """
     if min(image.shape[2:]) < 8:
         raise ValueError(f"SCC needs sides of at least 8 pixels, not {tuple(image.shape[2:])}")
     shape = (-1, 1, *image.shape[2:])
-    laplacian = torch.full((1, 1, 3, 3), -1.0, dtype=image.dtype, device=image.device)
+    # in float64, in which Laplacians of float32 numbers have no rounding: else that of a flat area would be noise
+    laplacian = torch.full((1, 1, 3, 3), -1.0, dtype=torch.float64, device=image.device)
     laplacian[0, 0, 1, 1] = 8
     # replicating the border is mirroring it with the border itself, for a 3x3 filter
-    a, b = (2 * F.conv2d(F.pad(x.reshape(shape), (1, 1, 1, 1), mode="replicate"), laplacian) for x in (image, truth))
+    a, b = (
+        2 * F.conv2d(F.pad(x.double().reshape(shape), (1, 1, 1, 1), mode="replicate"), laplacian)
+        for x in (image, truth)
+    )
 
     def average(x: Tensor) -> Tensor:
         return F.avg_pool2d(F.pad(x, (4, 3, 4, 3)), 8, stride=1)
@@ -79,7 +83,7 @@ def scc(image: Tensor, truth: Tensor) -> Tensor:
     deviations = [(average(x * x) - average(x) ** 2).clamp(min=0).sqrt() for x in (a, b)]
     scale = deviations[0] * deviations[1]
     score = torch.where(scale == 0, 0, covariance / scale)
-    return score.reshape(image.shape).mean(dim=(1, 2, 3))
+    return score.reshape(image.shape).mean(dim=(1, 2, 3)).to(image.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
