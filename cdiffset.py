@@ -65,8 +65,8 @@ def cdiff_loss(prediction: Tensor, raw_variance: Tensor, target: Tensor, alphas_
         nll = ((target - prediction)^2 / var + log(var) + log(2 pi)) / 2
         loss = mean(stopgrad(var)^beta * nll)
 
-    Near the clean end beta is 1 and the weight cancels 1/var: the prediction's gradient is that of L2. At high
-    noise beta is 0 and it is the full likelihood, which excuses errors where the network expects them.
+    Near the clean end beta is near 1 and the weight cancels 1/var: the prediction's gradient is that of L2. At high
+    noise beta is near 0 and it is the full likelihood, which excuses errors where the network expects them.
     """
     var = variance(raw_variance)
     nll = 0.5 * ((target - prediction) ** 2 / var + var.log() + math.log(2 * math.pi))

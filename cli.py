@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
     """Lets the process keep memory that tensors no longer need, for the next ones.
 
     glibc gives large blocks back to the system, which clears every page when they are asked for again: on a CPU this
-    took a fifth of the time of sampling, and two fifths of that of training. Other C libraries have no such setting.
+    took a fifth of the time of sampling, and a third of that of training. Other C libraries have no such setting.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -10,7 +10,7 @@ stands beside three yardsticks:
 
     mean image      every pixel is the training set's mean colour
     colour look-up  each pixel gets the mean colour of the training pixels with its local 7x7 SAR level
-    VAE             the true EO image, encoded and decoded: no latent diffusion model can be better
+    VAE             the true EO image, encoded and decoded: roughly what a latent diffusion model can reach
 
 Where the dataset has class maps (synth.py's have), also how much land cover the image shows as it is: the share of
 pixels, outside the classes that SAR cannot tell, whose nearest class colour is that of the true class.

