@@ -135,7 +135,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="channels of the U-Net's levels (default: 64 128 192)")
     add("--unet-layers", type=positive, default=1, help="residual blocks a level of the U-Net (default: %(default)s)")
     add("--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction",
-        help="what the U-Net predicts (default: %(default)s, which small networks learn faster than SD 2.1-base's epsilon)")
+        help="what the U-Net predicts (default: %(default)s, which small networks learn faster than epsilon)")
     add("--batch-size", type=positive, default=16, help="pairs a step (default: %(default)s)")
     add("--vae-lr", type=float, default=2e-3, help="learning rate of the VAE (default: %(default)s)")
     add("--unet-lr", type=float, default=6e-4, help="learning rate of the U-Net (default: %(default)s)")
