@@ -73,7 +73,7 @@ def sar_images(args: Namespace, side: int, number: int = 1) -> Tensor:
 
 def translating(args: Namespace, sides: int = 1) -> Run:
     """`CDiffSET.translate`, of an image `sides` times the size."""
-    model, sar = load_model(args.model, None, args.dtype, args.device), sar_images(args, sides * args.size)
+    model, sar = load_model(args.model, args.device, args.dtype), sar_images(args, sides * args.size)
     if args.compiled:
         compile_unet(model)
     return lambda: model.translate(sar, args.steps)[0]
@@ -81,14 +81,14 @@ def translating(args: Namespace, sides: int = 1) -> Run:
 
 def in_tiles(args: Namespace) -> Run:
     """`translate_scene`: an image of twice the size, in tiles of the size."""
-    model, sar = load_model(args.model, None, args.dtype, args.device), sar_images(args, 2 * args.size)[0]
+    model, sar = load_model(args.model, args.device, args.dtype), sar_images(args, 2 * args.size)[0]
     options = {"tile": args.size, "steps": args.steps, "batch": 8 if on_gpu(args) else 1}
     return lambda: list(translate_scene(model, lambda a, b, c, d: sar[:, a:b, c:d], *sar.shape[1:], **options))
 
 
 def training(args: Namespace) -> Run:
     """Steps of train.py with --cache: the latents are there."""
-    model = load_model(args.model, None, "float32", args.device)
+    model = load_model(args.model, args.device)
     model.vae.requires_grad_(False)
     model.unet.train()
     settings = Settings(Path(), steps=1, batch_size=args.batch_size, dtype=args.dtype)
@@ -245,12 +245,12 @@ def on_gpu(args: Namespace) -> bool:
 
 
 def measure(contender: Contender, args: Namespace, keep: bool = False) -> dict[str, Any]:
-    """ "seconds" of each run, "peak" of the memory in bytes, "flops" of a run (None if compiled) and, where it is to be
-    kept, the "image", as an array (else None). For a process of its own, whose peak it is.
+    """The "seconds" of each run, the "peak" of the memory in bytes, the "flops" of a run (None if compiled) and, where
+    it is to be kept, the "image", as an array (else None). For a process of its own, whose peak it is.
     """
     keep_freed_memory()  # as all scripts do here; diffusers gains by it as well
     run = contender.prepare(Namespace(**vars(args), dtype=contender.dtype, compiled=contender.compiled))
-    finish = torch.cuda.synchronize if on_gpu(args) else lambda: None
+    finish = partial(torch.cuda.synchronize, args.device) if on_gpu(args) else lambda: None
     counter = nullcontext() if contender.compiled else FlopCounterMode(display=False)  # it would be compiled as well
     with counter:
         made = run()
@@ -265,7 +265,7 @@ def measure(contender: Contender, args: Namespace, keep: bool = False) -> dict[s
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_gpu(args):
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated(args.device)
     return {"seconds": seconds, "peak": peak, "flops": flops, "image": image}
 
 

@@ -39,8 +39,7 @@ class CachedLatents(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         _, _, orientation = self.pairs.augmentation(position, self.pairs.size, self.pairs.size)
         latents = np.memmap(self.file, np.float16, "r", shape=(len(self), *self.shape))  # nothing is read yet
-        z_sar, z_eo = torch.from_numpy(latents[self.pairs.index(position), orientation].astype(np.float32))
-        return z_sar, z_eo
+        return tuple(torch.from_numpy(latents[self.pairs.index(position), orientation].astype(np.float32)))
 
 
 def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
@@ -92,7 +91,7 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
                         advice = "train without --cache, or cut the images first"
                         raise ValueError(f"{pair.sar}: {size}; random crops cannot be cached: {advice}")
                     turned = torch.cat([orient(images, i) for i in range(orientations)])
-                    latents = model.encode(turned.to(model.device)).cpu().numpy().astype(np.float16)
+                    latents = model.encode(turned).cpu().numpy().astype(np.float16)
                     output.write(latents.tobytes())
         except OSError as error:
             raise ValueError(f"{file}: {error}; the same command goes on where it stopped") from error

@@ -191,13 +191,11 @@ class CDiffSET(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> latent (B, 4, H/8, W/8): posterior mean * scaling_factor, no sampling."""
-        weight = self.vae.quant_conv.weight
-        return self.vae.encode(image.to(weight))[0] * self.vae.scaling_factor
+        return self.vae.encode(image.to(self.prompt_embedding))[0] * self.vae.scaling_factor
 
     def decode(self, latent: Tensor) -> Tensor:
         """The inverse of `encode`: (B, 4, h, w) -> (B, 3, 8h, 8w), about [-1, 1], not clamped."""
-        weight = self.vae.quant_conv.weight
-        return self.vae.decode(latent.to(weight) / self.vae.scaling_factor)
+        return self.vae.decode(latent.to(self.prompt_embedding) / self.vae.scaling_factor)
 
     @torch.inference_mode()
     def translate(
@@ -222,13 +220,12 @@ class CDiffSET(nn.Module):
         seeds = [seed + i for i in range(len(sar))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(sar):
             raise ValueError(f"{len(seeds)} seeds for {len(sar)} images")
-        config = self.scheduler.config | {"steps": steps, "spacing": spacing}
-        scheduler = DDIMScheduler(**config)
+        scheduler = DDIMScheduler(**self.scheduler.config | {"steps": steps, "spacing": spacing})
         context = self.prompt_embedding
 
         height, width = sar.shape[2:]
         padded = pad_to_multiple(sar.float(), self.unit)
-        z_sar = self.encode(padded.to(context.device))
+        z_sar = self.encode(padded)
         # the schedule is computed in float32 whatever the networks' precision
         z_t = torch.cat([initial_noise(s, z_sar.shape[1:]) for s in seeds]).to(context.device)
         confidence = None

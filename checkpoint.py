@@ -33,7 +33,6 @@ class Settings:
     steps: int
     batch_size: int  # over all processes and accumulation steps
     lr: float = 3e-5
-    weight_decay: float = 0.01
     warmup: int = 100  # steps
     clip: float = 1.0  # largest norm of the gradient
     accumulate: int = 1  # parts in which each process computes its share of a batch
@@ -79,9 +78,9 @@ def run_folder(settings: Settings) -> Iterator[None]:
     with explained(settings), exclusive(settings.out) if first else nullcontext():
         if first:
             check_run(settings)
-            for pattern in (".*", "*/.*", "*/*/.*"):  # what a killed run left half-written
+            for pattern in (".*", "checkpoint/.*", "samples/.*", "model/.*", "model/*/.*"):  # what a killed run left
                 for path in settings.out.glob(pattern):
-                    if UNFINISHED.fullmatch(path.name):
+                    if UNFINISHED.fullmatch(path.name) and path.is_file():
                         path.unlink()
         yield
 
@@ -159,7 +158,7 @@ class State:
         self.network, self.settings = network, settings
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         weights = list(self.parameters.values())
-        self.optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=0.01, fused=True)
         for p in weights:  # as AdamW does at its first step; so a checkpoint is restored by copying, nothing else
             zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros

@@ -117,7 +117,7 @@ def draw_vae(_args: argparse.Namespace, results: Scores, picture: Path) -> None:
 @torch.inference_mode()
 def reconstruct(model: CDiffSET, images: Tensor) -> tuple[Tensor, Tensor]:
     """The latents and the reconstructions of images (N, 3, H, W) in [-1, 1], both on the CPU."""
-    z = [model.encode(x.to(model.device)).float() for x in images.split(BATCH)]
+    z = [model.encode(x).float() for x in images.split(BATCH)]
     return torch.cat(z).cpu(), torch.cat([model.decode(x).float().clamp(-1, 1).cpu() for x in z])
 
 
@@ -162,7 +162,7 @@ def trainings(args: argparse.Namespace) -> Scores:
             if name == "cdiff":
                 collect(results, MEAN_OF_SAMPLES, score(held_out, translator(model, samples=SAMPLES), args))
     _, colours = evaluate.training_colours(train)
-    collect(results, LOOK_UP, score(held_out, lambda sar, _: look_up(colours, sar.cpu()), args))
+    collect(results, LOOK_UP, score(held_out, lambda sar, _: look_up(colours, sar), args))
     return results
 
 
@@ -184,7 +184,7 @@ def draw_trainings(args: argparse.Namespace, _results: Scores, picture: Path) ->
 
 def steps(args: argparse.Namespace) -> Scores:
     """Quality of --model's translations by steps and spacing; the seeds are of the noise."""
-    model, results = load_model(args.model, None, "float32", args.device), {}
+    model, results = load_model(args.model, args.device), {}
     held_out = evenly(held_out_pairs(find_pairs(args.data).pairs, args.model)[1], args.limit)
     for spacing in ("leading", "trailing"):
         for number in tqdm(STEPS, desc=spacing):
@@ -262,7 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--runs", type=Path, default="runs/claims", metavar="DIR", help="where trainings go (default: %(default)s)")
     add("--out", type=Path, default="results", metavar="DIR", help="where results go (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the arithmetic in training and scoring trainings (default: %(default)s)")
+        help="of the arithmetic of trainings, and of what trainings and steps score (default: %(default)s)")
     add("--device", help=DEVICE)
     # fmt: on
     args = parser.parse_args(arguments)

@@ -23,18 +23,6 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
-class Embeddings(nn.Module):
-    """Token plus position embedding: ids (B, N) -> (B, N, C)."""
-
-    def __init__(self, vocab_size: int, positions: int, channels: int):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, channels)
-        self.position_embedding = nn.Embedding(positions, channels)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
 class SelfAttention(nn.Module):
     """Causal multi-head self-attention: (B, N, C) -> (B, N, C)."""
 
@@ -78,14 +66,6 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    """The stack of layers; a module of its own only because the published names say `encoder.layers`."""
-
-    def __init__(self, layers: list[Layer]):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-
 class CLIPTextModel(nn.Module):
     """The text tower. The defaults are SD 1.x (123.1 M parameters).
 
@@ -108,18 +88,17 @@ class CLIPTextModel(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if hidden_size % num_attention_heads:
             raise ValueError(f"{hidden_size} channels cannot be shared by {num_attention_heads} attention heads")
-        self.embeddings = Embeddings(vocab_size, max_position_embeddings, hidden_size)
-        self.encoder = Encoder(
-            [
-                Layer(hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps)
-                for _ in range(num_hidden_layers)
-            ]
-        )
+        self.embeddings = nn.ModuleDict()  # as the published names have it; and so "encoder.layers"
+        self.embeddings["token_embedding"] = nn.Embedding(vocab_size, hidden_size)
+        self.embeddings["position_embedding"] = nn.Embedding(max_position_embeddings, hidden_size)
+        layer = (hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(*layer) for _ in range(num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, N), N <= 77 -> last hidden state after the final LayerNorm, (B, N, hidden_size)."""
-        x = self.embeddings(ids)
-        for layer in self.encoder.layers:
+        positions = self.embeddings["position_embedding"].weight[: ids.shape[1]]
+        x = self.embeddings["token_embedding"](ids) + positions
+        for layer in self.encoder["layers"]:
             x = layer(x)
         return self.final_layer_norm(x)

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import report
 import synth
 from cdiffset import CDiffSET, pad_to_multiple
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
@@ -46,7 +45,7 @@ from data import (
 from evaluate import training_colours
 from files import write_json
 from images import confidence_picture, grid, save_image, to_uint8
-from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, lines, markdown, origin, plot
+from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, lines, markdown, origin, plot, pyplot
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
 from yardsticks import local_mean, look_up
@@ -265,7 +264,7 @@ def part_calibration(out: Path, bands: np.ndarray, timesteps: int) -> dict:
     rows = [{title: b[key] for key, title in titles.items()} for b in [*measured, everything]]
     print(markdown("timesteps", dict(zip(names, rows))))
 
-    shade, centres = report.pyplot().get_cmap("viridis"), [(band + 0.5) * width for band in range(BANDS)]
+    shade, centres = pyplot().get_cmap("viridis"), [(band + 0.5) * width for band in range(BANDS)]
     ends = [min(b["bins_predicted"][0] for b in measured), max(b["bins_predicted"][-1] for b in measured)]
     series = {"equal": Series(ends, ends, GREY, "--")}
     for band in reversed(range(BANDS)):
@@ -306,8 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures; returns the exit code."""
     args = parse(arguments)
     args.device = choose_device(args.device)
-    report.pyplot()  # now, rather than after an hour, if it is not there
-    model = load_model(args.model, None, "float32", args.device)
+    pyplot()  # now, rather than after an hour, if it is not there
+    model = load_model(args.model, args.device)
     if not model.has_variance:
         raise ValueError(f"{args.model} has no variance channel: train it further with train.py --loss cdiff")
     found = find_pairs(args.data)

@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from files import read_json
 from images import read_eo, read_raster, read_sar
+from stored import some
 
 # ----------------------------------------------------------------------------------------------------------
 # Finding pairs
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+TEST_SHARE = 0.2  # of the pairs, where a dataset has no split of its own
 
 
 class Pair(NamedTuple):
@@ -70,7 +72,7 @@ def find_pairs(root: str | Path) -> Pairs:
     Files of no known layout (labels, masks, readmes) are ignored. ValueError: not a folder, unreadable,
     empty, no known layout, no image with a partner, two of one name, or pairs of two layouts.
     """
-    files, found, paired = walk_files(root), [], []
+    files, found = walk_files(root), []
     for layout, sar_kind, scene, pattern in LAYOUTS:
         pattern = re.compile(r"(?P<at>(?:.*/)?)" + pattern, re.DOTALL)
         sars, eos, rest = {}, {}, []  # SAR and EO images: {what the paths of a pair share: path}
@@ -85,16 +87,15 @@ def find_pairs(root: str | Path) -> Pairs:
                 rest.append(name)
         files = rest
         if sars or eos:
-            found.append((layout, sars, eos))
-        if sars.keys() & eos.keys():
-            paired.append((layout, scene, pattern, sars, eos))
+            found.append((layout, sars, eos, scene, pattern))
 
+    paired = [row for row in found if row[1].keys() & row[2].keys()]
     if not found:
         known = ", ".join(layout for layout, *_ in LAYOUTS)
         what = "holds none of the known datasets" if files else "is empty"
         raise ValueError(f"{str(root)!r} {what} ({known}): the simplest is sar/NAME.png with eo/NAME.png")
     if not paired:
-        layout, sars, eos = found[0]
+        layout, sars, eos, *_ = found[0]
         raise ValueError(
             f"{str(root)!r} looks like {layout}, but of its {len(sars)} SAR and {len(eos)} EO images "
             f"none has a partner, e.g. {min([*sars.values(), *eos.values()])!r}: put both kinds there, named alike"
@@ -103,7 +104,7 @@ def find_pairs(root: str | Path) -> Pairs:
         names = " and ".join(layout for layout, *_ in paired)
         raise ValueError(f"{str(root)!r} holds pairs of {names}: give the folder of one dataset")
 
-    ((layout, scene, pattern, sars, eos),) = paired
+    ((layout, sars, eos, scene, pattern),) = paired
     pairs, both = [], sars.keys() & eos.keys()
     for key in sorted(both, key=sars.__getitem__):
         groups = pattern.fullmatch(sars[key]).groupdict()
@@ -121,8 +122,8 @@ def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
     made, true = (by_name((Path(root, name) for name in walk_images(root)), root) for root in (images, truth))
     if not made and not true:
         raise ValueError(f"neither {str(images)!r} nor {str(truth)!r} holds PNG, JPEG or TIFF images")
-    if alone := [(made | true)[name] for name in sorted(made.keys() ^ true.keys())]:
-        raise ValueError(f"{len(alone)} image(s) without one of the same name in the other folder: {listed(alone)}")
+    if alone := [repr(str((made | true)[name])) for name in sorted(made.keys() ^ true.keys())]:
+        raise ValueError(f"{len(alone)} image(s) without one of the same name in the other folder: {some(alone)}")
     return [Pair(made[name], true[name], name, None) for name in sorted(made)]
 
 
@@ -165,11 +166,6 @@ def walk_files(root: str | Path) -> list[str]:
     return names
 
 
-def listed(paths: Sequence[Path]) -> str:
-    """The first three of them, for messages."""
-    return ", ".join(repr(str(path)) for path in paths[:3]) + ", ..." * (len(paths) > 3)
-
-
 def dataset_name(found: Pairs, root: str | Path) -> str:
     """What tells a dataset from others, wherever it lies: its layout, and the number and names of its pairs."""
     names = seed_of(*(pair.sar.relative_to(root) for pair in found.pairs))
@@ -189,7 +185,8 @@ def describe(found: Pairs) -> list[str]:
     lines = [f"{found.layout}: {len(found.pairs):,} pairs in {scenes:,} scenes"]
     lines += [f"  {raster(pair.sar)}; {raster(pair.eo)}" for pair in found.pairs[:3]]
     if found.unpaired:
-        lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {listed(found.unpaired)}")
+        names = some(repr(str(path)) for path in found.unpaired)
+        lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {names}")
     return lines
 
 
@@ -206,15 +203,13 @@ def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
         return center_crop(np.asarray(image), size)
 
 
-def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Train and test pairs, in the order given: the dataset's own split if it has both sides, else by scene.
 
     Scenes are taken in an order that depends on the seed and their names alone, and go to the test side where
-    that brings it nearer to the fraction `held_out` of the pairs. A scene is never divided.
-    ValueError: fewer than two scenes, or a fraction outside 0..1.
+    that brings it nearer to the fraction TEST_SHARE of the pairs. A scene is never divided.
+    ValueError: fewer than two scenes.
     """
-    if not 0 < held_out < 1:
-        raise ValueError(f"the held-out fraction is {held_out}: it must lie between 0 and 1, e.g. 0.2")
     if {pair.split for pair in pairs} == {"train", "test"}:
         return [p for p in pairs if p.split == "train"], [p for p in pairs if p.split == "test"]
 
@@ -227,7 +222,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0, held_out: float = 0.2) -> 
     order = sorted(sizes, key=lambda scene: seed_of(seed, scene))
     test, taken = set(), 0
     for scene in order[1:]:  # the first one always trains
-        if taken + sizes[scene] / 2 <= held_out * len(pairs):
+        if taken + sizes[scene] / 2 <= TEST_SHARE * len(pairs):
             test.add(scene)
             taken += sizes[scene]
     if not test:
@@ -295,11 +290,6 @@ def orient(image: Tensor, orientation: int) -> Tensor:
     if orientation >= 4:
         image = image.flip(-1)
     return image.rot90(orientation % 4, (-2, -1))
-
-
-def crop_and_orient(image: Tensor, size: int, top: int, left: int, orientation: int) -> Tensor:
-    """What `draw_augmentation` drew, done: (..., H, W) -> (..., size, size)."""
-    return orient(image[..., top : top + size, left : left + size], orientation)
 
 
 def center_crop(image: Tensor, size: int | None) -> Tensor:
@@ -390,7 +380,8 @@ class PairDataset(torch.utils.data.Dataset):
         """SAR and EO, float32 (3, size, size) in [-1, 1]. ValueError names the file that is wrong."""
 
         def cut(image: Tensor) -> Tensor:
-            return crop_and_orient(image, self.size, *self.augmentation(position, *image.shape[-2:]))
+            top, left, orientation = self.augmentation(position, *image.shape[-2:])
+            return orient(image[..., top : top + self.size, left : left + self.size], orientation)
 
         return read_pair(self.pair(position), cut)
 

@@ -41,7 +41,6 @@ from cdiffset import CDiffSET, pad_to_multiple
 from cli import DEVICE, Parser, choose_device, positive, run, seed_number
 from data import (
     Pair,
-    by_name,
     center_crop,
     describe,
     evenly,
@@ -99,26 +98,24 @@ def training_colours(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 def of_folders(args: argparse.Namespace) -> Work:
     """The images in a folder, and what they should be."""
     pairs = chosen(pair_folders(args.images, args.truth), args)
-    files = [image for image, *_ in pairs]
-    return Work(
-        "images", "all there are", files, pairs, lambda i: read_pair(pairs[i], read=read_eo), lambda _image, _truth: {}
-    )
+    files, nothing = [image for image, *_ in pairs], lambda _image, _truth: {}
+    return Work("images", "all there are", files, pairs, lambda i: read_pair(pairs[i], read=read_eo), nothing)
 
 
 def of_model(args: argparse.Namespace, out: Path) -> Work:
     """The held-out pairs of a dataset, which are translated into `out`."""
-    model = load_model(args.model, args.unet, "float32", args.device)
+    model = load_model(args.model, args.device, unet=args.unet)
     found = find_pairs(args.data)
     train, test, split = held_out_pairs(found.pairs, args.model)
     test = chosen(test, args)
     print("\n".join([*describe(found), f"{len(test)} of the held-out pairs, by {split}"]))
-    files = [out / "eo" / f"{name}.png" for name in by_name((pair.eo for pair in test), args.data)]
+    files = [out / "eo" / pair.eo.relative_to(args.data).with_suffix(".png") for pair in test]
     mean, colours = training_colours(train)
 
     @torch.inference_mode()
     def yardsticks(sar: Tensor, eo: Tensor) -> dict[str, Tensor]:
         """What simple means make of these pairs."""
-        decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit).to(args.device))).float().clamp(-1, 1)
+        decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit))).float().clamp(-1, 1)
         return {
             "mean image": mean[:, None, None].expand_as(eo),
             "colour look-up": look_up(colours, sar),
@@ -228,9 +225,7 @@ def contact_sheet(work: Work, psnrs: list[float], out: Path) -> None:
             row += [read_eo(path) for path in more if path.exists()]
         rows.append([to_uint8(image) for image in row])
     titles = ["SAR", "EO", "generated", "confidence"] if len(rows[0]) > 2 else ["generated", "EO"]
-    height, width = (min(row[0].shape[axis] for row in rows) for axis in (0, 1))
-    pictures = [[picture[:height, :width] for picture in row] for row in rows]
-    save_image(out / "contact_sheet.png", grid(pictures, titles[: len(rows[0])]))
+    save_image(out / "contact_sheet.png", grid(rows, titles[: len(rows[0])]))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -279,7 +274,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def default_out(args: argparse.Namespace) -> Path:
     """results/NAME: of the run for runs/NAME/model, else of the model or folder; NAME-paper for that protocol."""
     scored = (args.images or args.model).resolve()
-    name = scored.parent.name if scored.name == "model" else scored.stem
+    name = scored.parent.name if scored.name == "model" else scored.name if scored.is_dir() else scored.stem
     return Path("results") / (name + "-paper" * (args.protocol == "paper"))
 
 

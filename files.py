@@ -28,8 +28,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
-        os.close(folder)
+        try:
+            os.fsync(folder)  # the new name too
+        except OSError:  # some file systems cannot
+            pass
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,13 +73,13 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def differences(was: dict, wanted: dict) -> str:
-    """What of `wanted` was otherwise, for messages: "steps 10 is now 50, ..."; empty if nothing."""
-    return ", ".join(f"{key} {was.get(key)} is now {value}" for key, value in wanted.items() if was.get(key) != value)
-
-
 def write_json(path: Path, value: dict) -> None:
     """Writes a JSON file atomically; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def differences(was: dict, wanted: dict) -> str:
+    """What of `wanted` was otherwise, for messages: "steps 10 is now 50, ..."; empty if nothing."""
+    return ", ".join(f"{key} {was.get(key)} is now {value}" for key, value in wanted.items() if was.get(key) != value)

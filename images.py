@@ -13,9 +13,9 @@ How a file's numbers become [-1, 1]:
                        the usual true-colour picture; clouds saturate)
 
 Float SAR is dB if most valid values are below 0: of an intensity, at most a few are, where a filter or resampling
-overshot. Polarisations become channels after
-scaling: one is repeated; (co, cross) -> co, cross, their mean; three are taken as they are;
-(HH, HV, VH, VV) -> HH, (HV + VH) / 2, VV. No-data (declared no-data, NaN, alpha 0) becomes -1, the darkest.
+overshot. Polarisations become channels after scaling: one is repeated; (co, cross) -> co, cross, their mean; three are
+taken as they are; (HH, HV, VH, VV) -> HH, (HV + VH) / 2, VV. No-data (declared no-data, NaN, alpha 0) becomes -1, the
+darkest.
 
 Everything wrong with a file is a ValueError that names it. EXIF orientation is ignored: turning one image of
 a pair would misalign it. 16-bit colour PNGs lose their low bytes, which Pillow cannot read; TIFFs do not.
@@ -153,10 +153,10 @@ def read_picture(path: str | Path) -> Raster:
         _check_size(path, *image.size)
         _check_memory(name, *image.size, len(image.getbands()))
         one_colour_is_clear = image.mode in ("L", "RGB") and "transparency" in image.info
-        if image.mode in ("P", "PA", "La", "RGBa") or one_colour_is_clear:
+        if image.mode in ("P", "PA", "RGBa") or one_colour_is_clear:
             image = image.convert("RGBA")
-        elif image.mode == "1":
-            image = image.convert("L")
+        elif image.mode in ("1", "La"):
+            image = image.convert("L" if image.mode == "1" else "LA")
         pixels, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
     bands = np.moveaxis(np.atleast_3d(pixels), 2, 0)
     valid = np.ones(pixels.shape[:2], bool)
@@ -329,8 +329,8 @@ def confidence_picture(confidence: Tensor) -> np.ndarray:
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = (), gap: int = 4) -> np.ndarray:
-    """Lays out uint8 pictures, (H, W) or (H, W, 3), all of one size, with a title over each column -> (H', W', 3)."""
-    height, width = rows[0][0].shape[:2]
+    """Lays out uint8 pictures, (H, W) or (H, W, 3), with a title over each column -> (H', W', 3)."""
+    height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (0, 1))
     font = ImageFont.load_default(size=max(12, height // 12))
     header = round(font.size * 1.6) if titles else gap
     size = (gap + len(rows[0]) * (width + gap), header + len(rows) * (height + gap))

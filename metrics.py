@@ -71,10 +71,7 @@ def scc(image: Tensor, truth: Tensor) -> Tensor:
     laplacian = torch.full((1, 1, 3, 3), -1.0, dtype=torch.float64, device=image.device)
     laplacian[0, 0, 1, 1] = 8
     # replicating the border is mirroring it with the border itself, for a 3x3 filter
-    a, b = (
-        2 * F.conv2d(F.pad(x.double().reshape(shape), (1, 1, 1, 1), mode="replicate"), laplacian)
-        for x in (image, truth)
-    )
+    a, b = (F.conv2d(F.pad(x.double().reshape(shape), [1] * 4, mode="replicate"), laplacian) for x in (image, truth))
 
     def average(x: Tensor) -> Tensor:
         return F.avg_pool2d(F.pad(x, (4, 3, 4, 3)), 8, stride=1)

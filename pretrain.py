@@ -47,14 +47,14 @@ def small_vae(widths: list[int]) -> AutoencoderKL:
     )
 
 
-def small_unet(widths: list[int], layers: int) -> UNet:
-    """A U-Net of SD's kind, 4 channels in and out, with attention at the last level: elsewhere it costs a CPU more
-    time than it is worth.
+def small_unet(widths: list[int]) -> UNet:
+    """A U-Net of SD's kind, 4 channels in and out, with one residual block a level, and attention at the last one:
+    elsewhere it costs a CPU more time than it is worth.
     """
     down = ["DownBlock2D"] * (len(widths) - 1) + ["CrossAttnDownBlock2D"]
     return UNet(
         block_out_channels=widths,
-        layers_per_block=layers,
+        layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=CONTEXT,
         use_linear_projection=True,
@@ -133,12 +133,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="channels of the VAE's levels; 3 levels make a factor of 4, SD's 4 levels 8 (default: 16 48 96)")
     add("--unet-widths", type=positive, nargs="+", default=[64, 128, 192], metavar="N",
         help="channels of the U-Net's levels (default: 64 128 192)")
-    add("--unet-layers", type=positive, default=1, help="residual blocks a level of the U-Net (default: %(default)s)")
     add("--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction",
         help="what the U-Net predicts (default: %(default)s, which small networks learn faster than epsilon)")
     add("--batch-size", type=positive, default=16, help="pairs a step (default: %(default)s)")
-    add("--vae-lr", type=float, default=2e-3, help="learning rate of the VAE (default: %(default)s)")
-    add("--unet-lr", type=float, default=6e-4, help="learning rate of the U-Net (default: %(default)s)")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=1, help="processes that read images (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic (default: %(default)s)")
@@ -161,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     test = [torch.stack(images) for images in zip(*(read_center(pair, args.size) for pair in test_pairs[:HELD_OUT]))]
 
     torch.manual_seed(args.seed)  # of the initial weights; fit draws everything else by position
-    vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths, args.unet_layers)
+    vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths)
     embedding = torch.randn(1, TOKENS, CONTEXT)
     model = CDiffSET(vae, unet, embedding, DDPMScheduler(prediction_type=args.prediction_type))
     if args.size % model.unit or args.vae_size % vae.factor:
@@ -176,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     }  # fmt: skip
     about = {"data": dataset_name(found, args.data), "vae": repr(vae.config)}
     vae_about = about | {"size": args.vae_size}
-    settings = Settings(args.out / ".pretrain" / "vae", args.vae_steps, lr=args.vae_lr, about=vae_about, **common)
+    settings = Settings(args.out / ".pretrain" / "vae", args.vae_steps, lr=2e-3, about=vae_about, **common)
     if code := train_vae(vae, PairDataset(train_pairs, args.vae_size, args.seed), test, settings):
         return code
     vae.eval().requires_grad_(False)
@@ -185,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     vae.scaling_factor = vae.config["scaling_factor"] = factor
 
     about |= {"size": args.size, "unet": repr(unet.config), "predicts": args.prediction_type, "scaling_factor": factor}
-    settings = Settings(args.out / ".pretrain" / "unet", args.unet_steps, lr=args.unet_lr, about=about, **common)
+    settings = Settings(args.out / ".pretrain" / "unet", args.unet_steps, lr=6e-4, about=about, **common)
     if code := train_unet(model, PairDataset(train_pairs, args.size, args.seed), test, settings):
         return code
     model.save_pretrained(args.out)

@@ -66,11 +66,7 @@ def lines(axes: Any, title: str, x: str, y: str, series: dict[str, Series], log:
     """Means over the seeds, with the standard deviation as bars. log: which axes are logarithmic, e.g. "xy"; columns:
     of the legend, below.
     """
-    axes.set(title=title, xlabel=x, ylabel=y)
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+    axes.set(title=title, xlabel=x, ylabel=y, **{f"{axis}scale": "log" for axis in log})
     for name, line in series.items():
         values = np.array(line.values, dtype=np.float64).reshape(len(line.x), -1)
         spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None

@@ -96,12 +96,7 @@ def share(stems: dict[Path, Path], number: int, world: int) -> dict[Path, Path]:
 
 
 def open_images(
-    stems: dict[Path, Path],
-    inputs: set[str],
-    kinds: list[str],
-    args: argparse.Namespace,
-    fail: Fail,
-    warn: Callable[[str], None],
+    stems: dict[Path, Path], inputs: set[str], kinds: list[str], args: argparse.Namespace, bar: tqdm, fail: Fail
 ) -> Iterator[Job]:
     """Opens images in order. Those that cannot be read, or whose results would overwrite the `inputs` (real paths) or
     the results of others, fail.
@@ -120,7 +115,8 @@ def open_images(
             large = max(source.height, source.width) > args.tile
             image = None if large else source.read(0, source.height, 0, source.width)
             if source.dark:
-                warn(f"{str(path)!r} will be all but black: its 16-bit numbers are low; for amplitudes, --stretch 1 99")
+                what = "will be all but black: its 16-bit numbers are low; for amplitudes, --stretch 1 99"
+                bar.write(f"warning: {str(path)!r} {what}", file=sys.stderr)
         except EXPECTED as error:
             fail(path, error)
         else:
@@ -131,7 +127,7 @@ def open_images(
 # Translating
 
 
-def load_model(path: Path, unet: str | None, dtype: str, device: str) -> CDiffSET:
+def load_model(path: Path, device: str, dtype: str = "float32", unet: str | None = None) -> CDiffSET:
     """The model to translate with. ValueError: it does not load, or is a base model."""
     if not path.exists():
         raise ValueError(f"{str(path)!r} is not there: give a C-DiffSET model, as train.py writes, with --model")
@@ -152,7 +148,7 @@ def compile_unet(model: CDiffSET) -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=model.device))
     except Exception as error:  # of many classes
         reason = one_line(str(error).split("\n\n")[0])  # and not the advice to developers that follows
-        raise ValueError(f"torch.compile does not work here: {reason}") from error
+        raise ValueError(f"--compile: torch.compile does not work here: {reason}") from error
     model.unet.compile()
 
 
@@ -243,7 +239,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a C-DiffSET model, folder or single file (default: models/tiny, a small demonstration model)")
     add("--unet", metavar="FILE", help="safetensors file whose U-Net replaces that of --model")
     add("--contact-sheet", type=Path, metavar="FILE.png",
-        help=f"picture of the first {SHEET_ROWS} images beside their results")
+        help=f"picture of the first {SHEET_ROWS} images (of the first process, on several GPUs) beside their results")
 
     add = parser.add_argument_group("how").add_argument
     add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s; the paper: 50)")
@@ -320,13 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
     stems = find_images(args.sar, args.out)
     inputs = set(map(os.path.realpath, stems))
     check_paths(args, inputs)
-    model = load_model(args.model or TINY, args.unet, args.dtype, device)
+    model = load_model(args.model or TINY, device, args.dtype, args.unet)
     check(args, model)
     if args.compile:
-        try:
-            compile_unet(model)
-        except ValueError as error:
-            raise ValueError(f"--compile: {error}") from error
+        compile_unet(model)
     kinds = ["eo"] + ["confidence"] * model.has_variance + ["spread"] * (args.samples > 1)
     first = rank() == 0
     if first:
@@ -344,13 +337,10 @@ def main(arguments: list[str] | None = None) -> int:
         errors.append(text if name in text else f"{name}: {text}")
         bar.write(f"error: {errors[-1]}", file=sys.stderr)
 
-    def warn(text: str) -> None:
-        bar.write(f"warning: {text}", file=sys.stderr)
-
     stems, done, errors = share(stems, rank(), processes()), {}, []
     total = len(stems) * args.samples * args.steps
     with tqdm(total=total, unit="step", disable=None if first else True) as bar:
-        jobs = open_images(stems, inputs, kinds, args, fail, warn)
+        jobs = open_images(stems, inputs, kinds, args, bar, fail)
         for job, translation in translate_all(model, jobs, args, bar, fail):
             try:
                 save(job, translation, args)

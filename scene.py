@@ -72,7 +72,7 @@ def translate_scene(
 
     # what the networks do for some tiles at once: (B, C, ...)
     def encode(tiles: list[Tile]) -> Tensor:
-        return model.encode(torch.stack([pixels(*place) for _, *place in tiles]).to(context.device))
+        return model.encode(torch.stack([pixels(*place) for _, *place in tiles]))
 
     def predict(t: int, middle: bool, tiles: list[Tile]) -> Tensor:
         sar = torch.stack([z_sar.read(0, *place) for _, *place in tiles]).to(context)
@@ -83,7 +83,7 @@ def translate_scene(
         return prediction
 
     def decode(tiles: list[Tile]) -> Tensor:
-        return model.decode(torch.stack([z_t.read(*place) for place in tiles]).to(context.device))
+        return model.decode(torch.stack([z_t.read(*place) for place in tiles]))
 
     def resized(rows: slice, columns: slice) -> Tensor:  # confidence (N, 1, ...) of these latent pixels
         above, before = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)

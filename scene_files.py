@@ -53,7 +53,7 @@ class Source:
             reduced = self.raster = read_picture(path)
             self.height, self.width = reduced.valid.shape
         self.limits = sar_range(reduced, scale, stretch)
-        wide = reduced.bands.dtype == np.uint16 and stretch is None and reduced.valid.any()
+        wide = reduced.bands.dtype.name == "uint16" and stretch is None and reduced.valid.any()
         self.dark = wide and np.percentile(reduced.bands[:, reduced.valid], 99) < self.limits.max() / 20
 
     def overview(self, side: int) -> Raster:
@@ -61,9 +61,8 @@ class Source:
         shrink = max(1.0, max(self.height, self.width) / side)
         if self.raster is None:
             return read_window(self.dataset, shape=tuple(round(n / shrink) or 1 for n in (self.height, self.width)))
-        bands, valid, source = self.raster
-        step = math.ceil(shrink)
-        return Raster(bands[:, ::step, ::step], valid[::step, ::step], source)
+        every = slice(None, None, math.ceil(shrink))
+        return self.window(every, every)
 
     def window(self, rows: slice, columns: slice) -> Raster:
         """A part of the image."""

@@ -116,12 +116,7 @@ class DDIMScheduler(DDPMScheduler):
         self._previous = dict(zip(timesteps, timesteps[1:] + [0]))
 
     def step(
-        self,
-        model_output: Tensor,
-        t: int,
-        x_t: Tensor,
-        eta: float = 0.0,
-        generator: torch.Generator | None = None,
+        self, model_output: Tensor, t: int, x_t: Tensor, eta: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """x_t -> x at the next timestep of the list (Song et al., equations 12 and 16). Shapes as x_t's.
 

@@ -19,7 +19,7 @@ import evaluate
 from cdiffset import CDiffSET, add_variance_channel, denoise
 from checkpoint import Settings, run_folder
 from data import Pair, PairDataset, evenly, mask_path, read_batches, read_center, read_mask
-from loop import fit, precision
+from loop import Loss, fit, precision
 from report import BLUE, GREEN, GREY, ORANGE
 from train import MEASURED_AT, objective
 from unet import UNet
@@ -72,7 +72,7 @@ def regress(unet: nn.Module, model: CDiffSET, sar: Tensor) -> Tensor:
     return denoise(unet, z_sar, z_sar, 0, model.prompt_embedding)[0].float()
 
 
-def regression_loss(model: CDiffSET) -> Callable[[nn.Module, list[Tensor], list[int]], Tensor]:
+def regression_loss(model: CDiffSET) -> Loss:
     """Mean absolute error of the EO latent, as `fit` wants it."""
 
     def loss(unet: nn.Module, batch: list[Tensor], _positions: list[int]) -> Tensor:
@@ -117,9 +117,8 @@ def trained(name: str, seed: int, train: list[Pair], held_out: list[Pair], args:
 
 
 def in_batches(pairs: list[Pair], args: argparse.Namespace) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """The pairs' numbers, and their SAR and EO images (B, 3, size, size) on the device."""
-    for numbers, *batch in read_batches(lambda i: read_center(pairs[i], args.size), len(pairs), BATCH):
-        yield numbers, *(x.to(args.device) for x in batch)
+    """The pairs' numbers, and their SAR and EO images (B, 3, size, size)."""
+    return read_batches(lambda i: read_center(pairs[i], args.size), len(pairs), BATCH)
 
 
 @torch.inference_mode()
@@ -148,7 +147,7 @@ def score(pairs: list[Pair], make: Make, args: argparse.Namespace) -> dict[str, 
     for numbers, sar, eo in in_batches(pairs, args):
         with precision(args.device, args.dtype):
             made = make(sar, numbers).float().clamp(-1, 1).cpu()
-        eo, some = eo.cpu(), [pairs[i] for i in numbers]
+        some = [pairs[i] for i in numbers]
         rows += evaluate.score(made, eo, some)
         for pair, error in zip(some, np.square(127.5 * (made - eo).numpy()).mean(axis=1)):
             if mask_path(pair, "change"):

@@ -20,7 +20,6 @@ Ctrl-C or SIGTERM finishes the step, saves, and stops; the same command with --r
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -48,7 +47,7 @@ from data import (
 )
 from files import write_json
 from images import confidence_picture, grid, save_image, to_uint8
-from loop import fit, precision, sample_noise
+from loop import Loss, fit, precision, sample_noise
 from metrics import psnr, ssim
 from processes import end_processes, rank, start_processes, wait_for_all
 from scheduler import PREDICTION_TYPES
@@ -64,9 +63,7 @@ VALIDATED_AT_ONCE = 8  # images
 PREVIEWS = 6  # rows of the preview grid
 
 
-def objective(
-    model: CDiffSET, kind: str, seed: int, cached: bool
-) -> Callable[[nn.Module, list[Tensor], list[int]], Tensor]:
+def objective(model: CDiffSET, kind: str, seed: int, cached: bool) -> Loss:
     """The loss of a batch, as `fit` wants it: "cdiff" (confidence-guided) or "mse" (stage 1).
 
     A batch is SAR and EO images, (B, 3, size, size) each, or where `cached` their latents, (B, 4, h, w) each.
@@ -131,6 +128,8 @@ def starting_model(args: argparse.Namespace) -> CDiffSET:
         add_variance_channel(model.unet)  # stage 2 begins
     if args.loss == "mse" and model.has_variance:
         raise ValueError(f"{args.model} has a variance channel, which --loss mse would not train; use --loss cdiff")
+    if args.validate_steps > model.scheduler.num_train_timesteps:
+        raise ValueError(f"--validate-steps {args.validate_steps}: more than this model's timesteps")
     if args.size % model.unit:
         raise ValueError(f"--size {args.size}: must be a multiple of {model.unit} for this model")
     return model
@@ -191,7 +190,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def identity(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[str, str | int]:
+def about(args: argparse.Namespace, found: Pairs, model: CDiffSET) -> dict[str, str | int]:
     """What else must not change within a run, but names of folders: they may be moved.
 
     Of the model only what is frozen counts, since the U-Net's weights come from the checkpoint.
@@ -210,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = start_processes(args.device)
     args.dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     args.out = args.out or Path("runs") / Path(args.data).resolve().name
+    if args.cache and args.cache.resolve() == args.out.resolve():
+        raise ValueError("--cache and --out must be two folders")
 
     found = find_pairs(args.data)
     train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} held out (listed in {args.out / 'split.json'})")
     model = starting_model(args)
     options = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    settings = Settings(**options, about=identity(args, found, model))
+    settings = Settings(**options, about=about(args, found, model))
 
     def check(step: int) -> dict[str, float]:
         with precision(device, args.dtype):
@@ -245,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             name=lambda position: train.pair(position).sar.name,
         )
         if rank() == 0:
-            print(summary(args, code))
+            finish(args, code)
     end_processes()
     return code
 
@@ -264,8 +265,8 @@ def prepare(args: argparse.Namespace, model: CDiffSET, train: PairDataset) -> Da
     return CachedLatents(args.cache, train)
 
 
-def summary(args: argparse.Namespace, code: int) -> str:
-    """What to say at the end. It is also written to summary.json, with the settings."""
+def finish(args: argparse.Namespace, code: int) -> None:
+    """Prints what was done, and how to go on; writes it to summary.json, with the settings."""
     log, scores = read_table(args.out / "log.csv"), read_table(args.out / "validation.csv")
     seconds = sum(args.batch_size / row["images_per_second"] for row in log)  # over all sessions of the run
     best = max(scores, key=lambda row: row["psnr"], default={})
@@ -273,14 +274,13 @@ def summary(args: argparse.Namespace, code: int) -> str:
     about = {"settings": settings, "torch": torch.__version__, "training_seconds": round(seconds)}
     write_json(args.out / "summary.json", about | {"steps": len(log), "best": best})
     state = "stopped" if code else "done"
-    lines = [f"{state}: {len(log)} of {args.steps} steps in {seconds / 60:.1f} min; everything is in {args.out}/"]
+    print(f"{state}: {len(log)} of {args.steps} steps in {seconds / 60:.1f} min; everything is in {args.out}/")
     if best:
         score = f"PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f} on the held-out pairs it looks at"
-        lines.append(f"best at step {best['step']}: {score}")
-        lines.append(f"translate with: python sample.py SAR.png --model {args.out / 'model'}")
+        print(f"best at step {best['step']}: {score}")
+        print(f"translate with: python sample.py SAR.png --model {args.out / 'model'}")
     if code:
-        lines.append("go on with the same command and --resume")
-    return "\n".join(lines)
+        print("go on with the same command and --resume")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ constructor arguments are those of the diffusers files (`unet/config.json`), so 
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +36,6 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class TimeEmbedding(nn.Module):
-    """Two-layer MLP on the sinusoidal embedding: (B, in) -> (B, out)."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, out_channels)
-        self.linear_2 = nn.Linear(out_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -87,18 +75,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back: (B, N, C) -> (B, N, C)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        # index 1 is diffusers' dropout, unused in SD; kept so that the names are those of the weights
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention on the text, feed-forward; pre-norm and residual: (B, N, C) -> (B, N, C)."""
 
@@ -109,7 +85,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, context_channels, heads)
         self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        # so named in the weights; index 1 is diffusers' dropout, unused in SD
+        net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.ff = nn.Sequential(OrderedDict(net=net))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -129,23 +107,16 @@ class Transformer(nn.Module):
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_channels, heads)])
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.linear = linear
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        h = self.norm(x)
-        if not self.linear:
-            h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
-        if self.linear:
-            h = self.proj_in(h)
-        h = self.transformer_blocks[0](h, context)
-        if self.linear:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, (height, width))  # (B, HW, C) -> (B, C, H, W)
-        if not self.linear:
-            h = self.proj_out(h)
-        return x + h
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        h = self.transformer_blocks[0](project(self.proj_in, h), context)
+        return x + project(self.proj_out, h).transpose(1, 2).reshape(x.shape)
+
+
+def project(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """A linear layer, or a 1x1 convolution as one: (B, N, C) -> (B, N, C)."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -155,24 +126,14 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """The layers of one level. A "stage" is one residual block and, where there is one, the transformer after it.
 
-    inputs: the channels that enter each residual block; all leave with `channels`.
+    inputs: the channels that enter each residual block; all leave with `channels`. common: alike in all blocks.
     """
 
     def __init__(
-        self,
-        inputs: Sequence[int],
-        channels: int,
-        transformers: int,
-        heads: int,
-        resample: type[nn.Module] | None = None,
-        *,
-        time_channels: int,
-        context_channels: int,
-        groups: int,
-        eps: float,
-        linear: bool,
+        self, inputs: list[int], channels: int, transformers: int, heads: int, resample: type | None, common: tuple
     ):
         super().__init__()
+        time_channels, context_channels, groups, eps, linear = common
         self.resnets = nn.ModuleList(ResidualBlock(width, channels, groups, eps, time_channels) for width in inputs)
         self.attentions = nn.ModuleList(
             Transformer(channels, context_channels, heads, groups, linear) for _ in range(transformers)
@@ -211,7 +172,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        widths, levels = list(block_out_channels), len(block_out_channels)
+        widths, levels, time = list(block_out_channels), len(block_out_channels), 4 * block_out_channels[0]
         heads = [attention_head_dim] * levels if isinstance(attention_head_dim, int) else list(attention_head_dim)
         for width, count in zip(widths, heads):
             if width % count:
@@ -219,16 +180,10 @@ class UNet(nn.Module):
         self.unit = 2 ** (levels - 1)
         self.gradient_checkpointing = False
 
-        make_block = partial(
-            Block,
-            time_channels=4 * widths[0],
-            context_channels=cross_attention_dim,
-            groups=norm_num_groups,
-            eps=norm_eps,
-            linear=use_linear_projection,
-        )
+        common = (time, cross_attention_dim, norm_num_groups, norm_eps, use_linear_projection)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        layers = {"linear_1": nn.Linear(widths[0], time), "act": nn.SiLU(), "linear_2": nn.Linear(time, time)}
+        self.time_embedding = nn.Sequential(OrderedDict(layers))
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of every feature map that the up blocks will take back
@@ -236,10 +191,10 @@ class UNet(nn.Module):
             inputs = [skips[-1]] + [width] * (layers_per_block - 1)
             transformers = layers_per_block if down_block_types[i].startswith("CrossAttn") else 0
             resample = Downsample if i < levels - 1 else None
-            self.down_blocks.append(make_block(inputs, width, transformers, heads[i], resample))
+            self.down_blocks.append(Block(inputs, width, transformers, heads[i], resample, common))
             skips += [width] * (layers_per_block + (resample is not None))
 
-        self.mid_block = make_block([widths[-1]] * 2, widths[-1], 1, heads[-1])
+        self.mid_block = Block([widths[-1]] * 2, widths[-1], 1, heads[-1], None, common)
 
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
@@ -247,7 +202,7 @@ class UNet(nn.Module):
             inputs = [(channels if j == 0 else width) + skips.pop() for j in range(layers_per_block + 1)]
             transformers = layers_per_block + 1 if up_block_types[i].startswith("CrossAttn") else 0
             resample = Upsample if i < levels - 1 else None
-            self.up_blocks.append(make_block(inputs, width, transformers, heads[-1 - i], resample))
+            self.up_blocks.append(Block(inputs, width, transformers, heads[-1 - i], resample, common))
             channels = width
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=norm_eps)

@@ -45,10 +45,9 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
+            x = layer(x)
+        return x
 
 
 class Block(nn.Module):
@@ -70,18 +69,16 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Image (B, 3, H, W) -> moments (B, 2 * latent_channels, H/8, W/8)."""
 
-    def __init__(
-        self, in_channels: int, latent_channels: int, widths: list[int], layers: int, groups: int, attention: bool
-    ):
+    def __init__(self, channels: int, latents: int, widths: list[int], layers: int, groups: int, attention: bool):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             resample = Downsample if i < len(widths) - 1 else None
             self.down_blocks.append(Block(widths[max(i - 1, 0)], width, layers, groups, resample))
         self.mid_block = MidBlock(widths[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latents, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -93,19 +90,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent (B, latent_channels, h, w) -> image (B, 3, 8h, 8w). One more residual block a level than the encoder."""
 
-    def __init__(
-        self, out_channels: int, latent_channels: int, widths: list[int], layers: int, groups: int, attention: bool
-    ):
+    def __init__(self, channels: int, latents: int, widths: list[int], layers: int, groups: int, attention: bool):
         super().__init__()
         widths = widths[::-1]  # from the lowest resolution up
-        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(latents, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, attention)
         self.up_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             resample = Upsample if i < len(widths) - 1 else None
             self.up_blocks.append(Block(widths[max(i - 1, 0)], width, layers + 1, groups, resample))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))

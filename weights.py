@@ -23,17 +23,7 @@ from clip import CLIPTextModel
 from files import read_json, write_json
 from original import open_original
 from scheduler import DDPMScheduler
-from stored import (
-    Rule,
-    Tensors,
-    check_names,
-    open_tensors,
-    refuse_pickle,
-    rename,
-    save_tensors,
-    some,
-    strip,
-)
+from stored import Rule, Tensors, check_names, open_tensors, refuse_pickle, rename, save_tensors, some, strip
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -74,12 +64,11 @@ def open_folder(path: Path) -> dict[str, Part]:
         folder = path / name
         if name != "text_encoder" or folder.is_dir():
             config = read_config(folder / "config.json", network)
-            stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-            parts[name] = Part(folder, config, open_weights(folder, stem))
-    if "text_encoder" in parts:
-        tensors = {k: v for k, v in parts["text_encoder"].tensors.items() if not k.endswith("embeddings.position_ids")}
-        tensors = rename(tensors, [(r"^text_model\.", "")])  # transformers 5 saves without the prefix
-        parts["text_encoder"] = parts["text_encoder"]._replace(tensors=tensors)
+            tensors = open_weights(folder, "model" if name == "text_encoder" else "diffusion_pytorch_model")
+            if name == "text_encoder":
+                tensors = {key: t for key, t in tensors.items() if not key.endswith("embeddings.position_ids")}
+                tensors = rename(tensors, [(r"^text_model\.", "")])  # transformers 5 saves without the prefix
+            parts[name] = Part(folder, config, tensors)
     return parts
 
 
@@ -106,13 +95,8 @@ def open_unet(path: str | Path, base: Part) -> Part:
 
 def open_weights(folder: Path, stem: str) -> Tensors:
     """The tensors of one diffusers subfolder: whole or sharded, full precision or, where that is absent, half."""
-    for name in (
-        "{}.safetensors",
-        "{}.safetensors.index.json",
-        "{}.fp16.safetensors",
-        "{}.safetensors.index.fp16.json",
-    ):
-        path = folder / name.format(stem)
+    for ending in ("safetensors", "safetensors.index.json", "fp16.safetensors", "safetensors.index.fp16.json"):
+        path = folder / f"{stem}.{ending}"
         if path.is_file():
             return open_shards(path) if path.suffix == ".json" else open_tensors(path)
     for path in sorted(folder.glob("*")):

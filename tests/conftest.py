@@ -43,7 +43,7 @@ def dataset(tmp_path_factory) -> Path:
 def write_base(folder: Path, seed: int = 0, width: int = 8, **schedule) -> Path:
     """A stand-in for Stable Diffusion with random weights: factor 4, 4 channels in and out."""
     torch.manual_seed(seed)
-    vae, unet = small_vae([width] * 3), small_unet([width, 2 * width], layers=1)
+    vae, unet = small_vae([width] * 3), small_unet([width, 2 * width])
     CDiffSET(vae, unet, torch.randn(1, TOKENS, CONTEXT), DDPMScheduler(**schedule)).save_pretrained(folder)
     return folder
 

@@ -17,7 +17,7 @@ from scheduler import DDPMScheduler
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     torch.manual_seed(0)
-    unet = small_unet([8, 16], 1)
+    unet = small_unet([8, 16])
     widen_input(unet)
     add_variance_channel(unet)
     path = tmp_path_factory.mktemp("model") / "model"

@@ -48,8 +48,9 @@ def test_signals_unwind_and_set_the_exit_code(number, code):
 
 def test_a_device_that_is_not_there_is_refused():
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(ValueError, match="--device nonsense cannot be used here"):
-        choose_device("nonsense")
+    for name in ("nonsense", "meta", "privateuseone"):
+        with pytest.raises(ValueError, match=f"--device {name} cannot be used here"):
+            choose_device(name)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -37,7 +37,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     torch.manual_seed(0)
-    unet = small_unet([16, 16], layers=1)
+    unet = small_unet([16, 16])
     widen_input(unet)
     add_variance_channel(unet)
     folder = tmp_path_factory.mktemp("model") / "small"

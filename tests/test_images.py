@@ -232,6 +232,12 @@ def test_what_is_no_file_is_named(tmp_path):
             images.read_sar(path)
 
 
+def test_a_sheet_has_room_for_the_largest_picture():
+    small, large = (np.full((side, side + 4), 7, np.uint8) for side in (8, 20))
+    sheet = images.grid([[small, large], [large, small]])
+    assert sheet.shape == (4 + 2 * 24, 4 + 2 * 28, 3) and (sheet == 7).all(-1).sum() == 2 * (small.size + large.size)
+
+
 @pytest.mark.parametrize("make", [picture, lambda path: geotiff(path, np.zeros((2, 16, 16), "float32"))])
 def test_a_file_that_is_removed_while_it_is_opened_is_missing(tmp_path, make):
     path = make(tmp_path / "a.tif")

@@ -298,6 +298,8 @@ def test_what_a_killed_run_left_half_written_is_cleared_away_and_nothing_else(tm
     left = [out / "checkpoint" / ".tmpAb3xY9", out / "checkpoint" / ".00000004.17.safetensors", out / ".log.99.csv"]
     left += [out / "model" / "unet" / ".diffusion_pytorch_model.12.safetensors"]
     mine = [out / ".gitignore", out / "checkpoint" / ".nomedia", out / "model" / "notes.txt"]
+    mine += [out / "another run" / "checkpoint" / ".00000004.17.safetensors"]
+    mine[-1].parent.mkdir(parents=True)
     for path in left + mine:
         path.write_text("")
     train(out, resume=True)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ig
 
 def make_model(folder, base=False, variance=True):
     torch.manual_seed(0)
-    unet = small_unet([8, 16], 1)
+    unet = small_unet([8, 16])
     model = CDiffSET(small_vae([8, 16, 16]), unet, torch.randn(1, TOKENS, CONTEXT), DDPMScheduler())
     if not base:
         widen_input(unet)
@@ -298,9 +298,11 @@ def test_scale_and_stretch_change_what_the_model_sees(run, tmp_path):
 def test_16_bit_amplitudes_get_a_warning_and_a_stretch_silences_it(run, tmp_path):
     amplitudes = np.random.default_rng(0).integers(0, 700, (30, 40)).astype("uint16")
     Image.fromarray(amplitudes).save(tmp_path / "a.png")
+    Image.fromarray(amplitudes.astype(">u2")).save(tmp_path / "big endian.tif")
     save(tmp_path / "b.png", dtype=np.uint16)
-    code, _, (line,) = run("a.png", "b.png")
-    assert code == 0 and line.startswith("warning: 'a.png'") and "--stretch 1 99" in line
+    code, _, lines = run("a.png", "b.png", "big endian.tif")
+    assert code == 0 and [line[:14] for line in lines] == ["warning: 'a.pn", "warning: 'big "]
+    assert "--stretch 1 99" in lines[0]
     assert not run("a.png", "--stretch", "1", "99")[2]
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ig
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    unet = small_unet([8, 16], 1)
+    unet = small_unet([8, 16])
     model = CDiffSET(small_vae([8, 16, 16]), unet, torch.randn(1, TOKENS, CONTEXT), DDPMScheduler())
     widen_input(unet)
     add_variance_channel(unet)
@@ -121,7 +121,7 @@ def test_samples_and_batches_change_nothing(model):
 
 
 def test_a_model_without_variance_gives_no_confidence(model):
-    unet = small_unet([8, 16], 1)
+    unet = small_unet([8, 16])
     stage1 = CDiffSET(model.vae, unet, model.prompt_embedding, DDPMScheduler())
     widen_input(unet)
     sar = picture(40, 40)

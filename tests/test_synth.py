@@ -1,6 +1,8 @@
 """The synthetic country keeps its promises: what is drawn, what is marked, what is written."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -184,6 +186,18 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("")
     code, message = run_script([str(tmp_path / "mine.txt" / "out"), "--pairs", "1"], capsys)
     assert code == 2 and message.count("\n") == 1
+
+
+def test_a_process_that_is_killed_ends_the_others_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(synth, "write_pair", die)
+    code, message = run_script([str(tmp_path / "out"), "--pairs", "9", "--workers", "2"], capsys)
+    assert code == 2 and "error: out of memory: a process that draws was killed: use fewer --workers\n" in message
+    assert not (tmp_path / "out" / "synth.json").exists()
+
+
+def die(index, **_):
+    """In place of write_pair: as the system does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_script(arguments, capsys):

@@ -338,7 +338,9 @@ def test_an_image_that_fails_in_the_middle_of_an_epoch_is_named_in_one_line(comm
         ("--device nonsense", "--device nonsense cannot be used here"),
         ("--batch-size 5 --accumulate 2", "--batch-size 5: cannot be shared evenly"),
         ("--cache {tmp}/cache", "64x64 pixels, not --size 16; random crops cannot be cached"),
+        ("--cache {tmp}/../run", "--cache and --out must be two folders"),
         ("--ema 1", "--ema 1.0: must be 0 for none"),
+        ("--validate-steps 2000", "--validate-steps 2000: more than this model's timesteps"),
     ],
 )
 def test_every_wrong_input_is_one_line_and_leaves_nothing(command, tmp_path, options, message):
