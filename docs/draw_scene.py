@@ -1,8 +1,10 @@
-"""Draws docs/scene.jpg, a part of a scene and of its translation, with ticks at the borders of tiles; and prints how
+r"""Draws docs/scene.jpg, a part of a scene and of its translation, with ticks at the borders of tiles; and prints how
 large the step from one column (row) to the next is there, and at other edges of latent pixels.
 
 python synth.py big/ --pairs 1 --size 8192
-rio convert big/ROIs1158_spring/s1_0/ROIs1158_spring_s1_0_p0.png big/scene.tif --co tiled=yes
+rio convert big/ROIs1158_spring/s1_0/ROIs1158_spring_s1_0_p0.png big/scene.tif --co tiled=yes --co blockxsize=256 \
+    --co blockysize=256
+rio edit-info big/scene.tif --crs EPSG:32632 --transform "[3, 0, 500000, 0, -3, 5000000]"
 python sample.py big/scene.tif --steps 2 --dtype bfloat16
 python docs/draw_scene.py big/scene.tif big/scene_eo.tif docs/scene.jpg
 """
