@@ -19,6 +19,7 @@ Ctrl-C or SIGTERM finishes the step, saves, and stops; the same command with --r
 """
 
 import argparse
+import os
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -174,7 +175,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cache", type=Path, metavar="DIR",
         help="encode all images, of exactly --size, once; train from latents: up to twice as fast (default: do not)")
     add("--checkpointing", action="store_true", help="recompute activations: much less memory, a third slower")
-    add("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes that read images (default: one a processor core, 4 at most; here %(default)s)")
 
     add = parser.add_argument_group("what is kept").add_argument
     add("--save-every", type=positive, default=1000, metavar="N",
