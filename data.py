@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -302,7 +301,9 @@ def center_crop(image: Tensor, size: int | None) -> Tensor:
 
 
 def read_pair(
-    pair: Pair, cut: Callable[[Tensor], Tensor] = lambda image: image, read: Callable[[Path], Tensor] = read_sar
+    pair: Pair,
+    cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda sar, eo: (sar, eo),
+    read: Callable[[Path], Tensor] = read_sar,
 ) -> tuple[Tensor, Tensor]:
     """SAR (or what `read` reads) and EO, float32 (3, H, W) in [-1, 1], both `cut`. ValueError names the file that is
     wrong.
@@ -312,14 +313,14 @@ def read_pair(
         sizes = [f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pair.sar, sar), (pair.eo, eo))]
         raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: the images of a pair must have equal sizes")
     try:
-        return cut(sar), cut(eo)
+        return cut(sar, eo)
     except ValueError as error:
         raise ValueError(f"{str(pair.sar)!r}: {error}") from None
 
 
 def read_center(pair: Pair, size: int | None) -> tuple[Tensor, Tensor]:
     """`read_pair`, of both images the central (3, size, size); all if the size is None."""
-    return read_pair(pair, partial(center_crop, size=size))
+    return read_pair(pair, lambda sar, eo: (center_crop(sar, size), center_crop(eo, size)))
 
 
 def read_batches(
@@ -379,9 +380,9 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         """SAR and EO, float32 (3, size, size) in [-1, 1]. ValueError names the file that is wrong."""
 
-        def cut(image: Tensor) -> Tensor:
-            top, left, orientation = self.augmentation(position, *image.shape[-2:])
-            return orient(image[..., top : top + self.size, left : left + self.size], orientation)
+        def cut(*images: Tensor) -> tuple[Tensor, ...]:
+            top, left, orientation = self.augmentation(position, *images[0].shape[-2:])
+            return tuple(orient(x[..., top : top + self.size, left : left + self.size], orientation) for x in images)
 
         return read_pair(self.pair(position), cut)
 

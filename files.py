@@ -1,5 +1,6 @@
 """Files: written so that an interruption never leaves half of one, JSON, and folders that one process has alone."""
 
+import errno
 import fcntl
 import json
 import os
@@ -30,8 +31,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the new name too
-        except OSError:  # some file systems cannot
-            pass
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of a file system that cannot
+                raise
         finally:
             os.close(folder)
     finally:

@@ -65,6 +65,7 @@ class Raster(NamedTuple):
 GEO_TAGS = {33550, 33922, 34264, 34735, 42112, 42113}  # TIFF: place, projection, GDAL's own, no-data
 BITS, COMPRESSION, SAMPLE_FORMAT, SIGNED = 258, 259, 339, 2  # three tags and a value of the last
 # Pillow's modes that are data; CMYK, YCbCr and such are not.
+CONVERTED = {"1": "L", "La": "LA", "P": "RGBA", "PA": "RGBA", "RGBa": "RGBA"}  # when they are read
 MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "I", "I;16", "I;16L", "I;16B", "F"}
 
 # All that decoders raise on damaged files; which one varies, so this list was found by fuzzing.
@@ -88,7 +89,7 @@ def _decoding(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, DAMAGE) and type(error).__module__ != "rasterio._err":  # GDAL's, which escape at times
             raise
-        if not Path(path).exists():  # removed since it was listed
+        if not Path(path).exists():  # perhaps removed since it was listed
             raise ImageError(f"{name} is missing") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name} cannot be read as PNG, JPEG or TIFF (damaged?): {reason}") from None
@@ -111,8 +112,8 @@ def needs_rasterio(path: str | Path) -> bool:
     at all), or more pixels than Pillow may read. ImageError: no file, or it cannot be opened.
     """
     path, name = Path(path), repr(str(path))
-    if not path.is_file():  # a named pipe would have us wait for ever
-        raise ImageError(f"{name} is {'not a file' if path.exists() else 'missing'}")
+    if path.exists() and not path.is_file():  # a named pipe would have us wait for ever
+        raise ImageError(f"{name} is not a file")
     with _decoding(path):
         with path.open("rb") as file:
             if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -153,10 +154,8 @@ def read_picture(path: str | Path) -> Raster:
         _check_size(path, *image.size)
         _check_memory(name, *image.size, len(image.getbands()))
         one_colour_is_clear = image.mode in ("L", "RGB") and "transparency" in image.info
-        if image.mode in ("P", "PA", "RGBa") or one_colour_is_clear:
-            image = image.convert("RGBA")
-        elif image.mode in ("1", "La"):
-            image = image.convert("L" if image.mode == "1" else "LA")
+        if mode := "RGBA" if one_colour_is_clear else CONVERTED.get(image.mode):
+            image = image.convert(mode)
         pixels, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
     bands = np.moveaxis(np.atleast_3d(pixels), 2, 0)
     valid = np.ones(pixels.shape[:2], bool)

@@ -17,6 +17,7 @@ south-east: shadows fall to the north-west. (`world.py`: x runs east, y runs sou
 """
 
 import math
+import multiprocessing
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -223,13 +224,15 @@ def write_dataset(out: Path, pairs: int, size: int = 256, seed: int = 0, looks: 
     per_scene = min(max(pairs // 10, 1), 20)  # ten scenes or more, if there are pairs enough, so that they can be split
     write = partial(write_pair, out=out, per_scene=per_scene, seed=seed, size=size, looks=looks)
     # Ctrl-C is for this process, which then ends its workers.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        try:
-            list(tqdm(pool.map(write, range(pairs), chunksize=4), total=pairs, unit="pair"))
-        except BrokenProcessPool as error:
-            raise MemoryError("a process that draws was killed: use fewer --workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        list(tqdm(pool.map(write, range(pairs), chunksize=4), total=pairs, unit="pair"))
+    except BrokenProcessPool as error:
+        raise MemoryError("a process that draws was killed: use fewer --workers") from error
+    finally:
+        for worker in multiprocessing.active_children():  # at once: what it draws may take minutes
+            worker.kill()
+        pool.shutdown()
     about = {"pairs": pairs, "size": size, "seed": seed, "looks": looks, "patches in a scene": per_scene}
     about |= {"SAR 0 and 255, dB": DB_RANGE, "change": ["none", "only in SAR", "only in EO", "both"]}
     about |= {"class": NAMES, "colour not in SAR": [NAMES[kind] for kind in AMBIGUOUS]}

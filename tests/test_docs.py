@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from cli import Parser
+from train import SD_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 SCRIPTS = [name for name in MODULES if "run(main)" in (ROOT / f"{name}.py").read_text()]
 README = (ROOT / "README.md").read_text()
-READMES = [ROOT / folder / "README.md" for folder in ("", "models/tiny", "examples")]
+READMES = [path for path in ROOT.glob("**/README.md") if not {".venv", Path(SD_FOLDER).name} & set(path.parts)]
 
 
 class Found(Exception):

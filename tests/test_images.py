@@ -1,6 +1,7 @@
 """images.py: what numbers become, every pixel format, every way a file can be wrong, pictures."""
 
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -230,6 +231,18 @@ def test_what_is_no_file_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "pipe.png", tmp_path / "missing.png"):
         with pytest.raises(images.ImageError, match=path.name):
             images.read_sar(path)
+
+
+def test_premultiplied_alpha_of_a_grey_tiff_says_where_there_is_data(tmp_path):
+    pixels = np.full((16, 16, 2), 200, np.uint8)
+    pixels[0, :, 1] = 0
+    Image.fromarray(pixels, "LA").save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    plain, premultiplied = (struct.pack("<HHIHH", 338, 3, 1, kind, 0) for kind in (2, 1))  # the tag ExtraSamples
+    assert data.count(plain) == 1
+    (tmp_path / "a.tif").write_bytes(data.replace(plain, premultiplied))
+    raster = images.read_raster(tmp_path / "a.tif")
+    assert raster.bands.shape == (1, 16, 16) and not raster.valid[0].any() and raster.valid[1:].all()
 
 
 def test_a_sheet_has_room_for_the_largest_picture():
