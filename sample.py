@@ -148,7 +148,7 @@ def compile_unet(model: CDiffSET) -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=model.device))
     except Exception as error:  # of many classes
         reason = one_line(str(error).split("\n\n")[0])  # and not the advice to developers that follows
-        raise ValueError(f"--compile: torch.compile does not work here: {reason}") from error
+        raise ValueError(f"torch.compile does not work here: {reason}") from error
     model.unet.compile()
 
 
@@ -319,7 +319,10 @@ def main(arguments: list[str] | None = None) -> int:
     model = load_model(args.model or TINY, device, args.dtype, args.unet)
     check(args, model)
     if args.compile:
-        compile_unet(model)
+        try:
+            compile_unet(model)
+        except ValueError as error:
+            raise ValueError(f"--compile: {error}") from error
     kinds = ["eo"] + ["confidence"] * model.has_variance + ["spread"] * (args.samples > 1)
     first = rank() == 0
     if first:
