@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cdiffset import CDiffSET
+from common import exclusive, read_json, write_json
 from data import PairDataset, orient, read_pair
-from files import exclusive, read_json, write_json
 from weights import network_digest
 
 

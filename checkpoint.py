@@ -16,9 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cli import out_of_memory
-from files import atomic, differences, exclusive, require_file
-from processes import processes, rank
+from common import atomic, changed_settings, exclusive, out_of_memory, rank, require_file, world_size
 from stored import check_names, open_tensors, save_tensors
 
 # What may differ when a run is resumed, as the number of processes may. The other settings make it the run it is.
@@ -55,8 +53,8 @@ class Settings:
         ):
             if not good:
                 raise ValueError(f"--{name} {value}: must be {wanted}")
-        if self.batch_size % (processes() * self.accumulate):
-            parts = f"{processes()} process(es) x {self.accumulate} accumulation step(s)"
+        if self.batch_size % (world_size() * self.accumulate):
+            parts = f"{world_size()} process(es) x {self.accumulate} accumulation step(s)"
             raise ValueError(f"--batch-size {self.batch_size}: cannot be shared evenly by {parts}")
 
     def identity(self) -> dict:
@@ -94,7 +92,7 @@ def check_run(settings: Settings) -> None:
         return
     if not settings.resume:
         raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
-    if changed := differences(read_header(kept[-1])["settings"], settings.identity()):
+    if changed := changed_settings(read_header(kept[-1])["settings"], settings.identity()):
         raise ValueError(f"{out} was made with other settings ({changed}): resume with the same")
 
 
@@ -111,7 +109,7 @@ def explained(settings: Settings) -> Iterator[None]:
         if "DataLoader worker" in what:
             advice = "go on with --resume; if it recurs, memory may be short: use fewer --workers"
             raise ValueError(f"a process that reads images died ({what}): {advice}") from error
-        if processes() > 1 and "closed by peer" in what:
+        if world_size() > 1 and "closed by peer" in what:
             raise ValueError("another process of this run ended; its message says why") from error
         raise
     except OSError as error:

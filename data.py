@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from files import read_json
+from common import read_json, some
 from images import read_eo, read_raster, read_sar
-from stored import some
 
 # ----------------------------------------------------------------------------------------------------------
 # Finding pairs

@@ -38,7 +38,18 @@ import torch
 from torch import Tensor
 
 from cdiffset import CDiffSET, pad_to_multiple
-from cli import DEVICE, Parser, choose_device, positive, run, seed_number
+from common import (
+    DEVICE_HELP,
+    Parser,
+    changed_settings,
+    choose_device,
+    exclusive,
+    positive,
+    read_json,
+    run,
+    seed_number,
+    write_json,
+)
 from data import (
     Pair,
     center_crop,
@@ -54,10 +65,9 @@ from data import (
     read_pair,
     seed_of,
 )
-from files import differences, exclusive, read_json, write_json
+from experiments.report import markdown, origin
 from images import confidence_picture, grid, read_eo, save_image, to_uint8
 from metrics import frechet_distance, load_inception, load_lpips, psnr, scc, ssim, what_is_missing
-from report import markdown, origin
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
 from weights import network_digest
@@ -136,7 +146,7 @@ def keep_settings(work: Work, about: dict, out: Path, args: argparse.Namespace) 
     about |= {key: getattr(args, key) for key in ("steps", "spacing", "seed", "size")}
     file = out / "translations.json"
     was = read_json(file) if file.exists() and work.files[0].exists() else about
-    if changed := differences(was, about):
+    if changed := changed_settings(was, about):
         raise ValueError(f"{out} holds another evaluation ({changed}): give another --out, or delete it")
     write_json(file, about)
 
@@ -250,7 +260,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--spacing", choices=SPACINGS, help=f"of the steps (default: {DEFAULT_SPACING})")
     add("--seed", type=seed_number, help="image i starts from the noise of seed + i (default: 0)")
     add("--batch-size", type=positive, metavar="N", help=f"images at a time (default: {STANDARD['batch_size']})")
-    add("--device", help=DEVICE)
+    add("--device", help=DEVICE_HELP)
     # fmt: on
     args = parser.parse_args(arguments)
     if args.images or args.truth:

@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from files import atomic
+from common import atomic
 
 MIN_SIDE = 8  # one latent pixel
 MAX_BYTES = 2**32  # of one raster in float32: a Sentinel-1 scene, 25,000 x 16,000 with two bands, is 3.2e9

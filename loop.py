@@ -26,8 +26,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoint import Log, Settings, State, checkpoints, last_checkpoint
+from common import caught_signals, rank, world_size
 from data import batch_positions, seed_of
-from processes import Batch, caught_signals, check_same, processes, rank, reading
+from processes import Batch, check_same, reading
 
 # (network, batch, the samples' positions) -> the mean loss over the batch, which comes as it was read, on the CPU
 Loss = Callable[[nn.Module, list[Tensor], list[int]], Tensor]
@@ -81,7 +82,7 @@ def fit(
     if kept := checkpoints(settings.out):
         state.load(kept[-1])
     check_same(state.step)
-    parallel = DistributedDataParallel(network, gradient_as_bucket_view=True) if processes() > 1 else network
+    parallel = DistributedDataParallel(network, gradient_as_bucket_view=True) if world_size() > 1 else network
     first = rank() == 0
     if first:
         log = Log(settings.out / "log.csv", start=state.step + 1)
@@ -91,7 +92,7 @@ def fit(
         return state.step > 0 and state.step % every == 0 or state.step == settings.steps
 
     n = settings.accumulate
-    positions = batch_positions(state.step * n, settings.steps * n, settings.batch_size // n, rank(), processes())
+    positions = batch_positions(state.step * n, settings.steps * n, settings.batch_size // n, rank(), world_size())
     pin = device.type == "cuda"
     network.train()
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", desc=settings.out.name, disable=not first)
@@ -112,8 +113,8 @@ def fit(
             norm = nn.utils.clip_grad_norm_(state.parameters.values(), settings.clip)
 
             # means over the processes, so that all stop if one got a signal; one transfer from the device a step
-            facts = torch.stack([value, norm, torch.full_like(norm, len(caught))]) / processes()
-            if processes() > 1:
+            facts = torch.stack([value, norm, torch.full_like(norm, len(caught))]) / world_size()
+            if world_size() > 1:
                 dist.all_reduce(facts)
             value, norm, stop = facts.tolist()
             if not math.isfinite(value + norm):

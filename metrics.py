@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import one_line
+from common import one_line
 
 # metric: (module, its weights, where PyTorch's packages fetch them from)
 PACKAGES = {

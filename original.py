@@ -8,7 +8,8 @@ rules for each network, the configuration from the tensors' shapes. Nothing is r
 import re
 from pathlib import Path
 
-from stored import Rule, Tensors, count, open_tensors, rename, some, strip
+from common import some
+from stored import Rule, Tensors, count, open_tensors, rename, strip
 
 # ----------------------------------------------------------------------------------------------------------
 # Names

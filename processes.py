@@ -1,101 +1,26 @@
-"""The processes that work together: those that torchrun starts, those that read images, and the signals all may get."""
+"""The processes that read images for a training."""
 
-import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cli import choose_device
+from common import world_size
 
 Batch = tuple[list[Tensor], list[int]]  # (of a part of a batch, too) the tensors, and the positions of the samples
 
 
-def start_processes(device: str | None) -> str:
-    """Joins the processes that torchrun started, if it did; -> this process's device, the one asked for if alone.
-
-    Raises ValueError if the device cannot be used.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return choose_device(device)
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {device}: torchrun gives each process a GPU of its own; say cuda, or nothing")
-    if device == "cuda" or device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = choose_device(device)
-    if device != "cpu":
-        torch.cuda.set_device(device)
-    # the others wait while the first one validates or fills the cache, which may take hours
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=1))
-    wait_for_all()  # so that none is left alone on its way here when another finds fault with the options
-    return device
-
-
-def rank() -> int:
-    """The number of this process; 0 is the one that writes files and prints."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def wait_for_all() -> None:
-    """Returns when every process has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def end_processes() -> None:
-    """Takes leave of the other processes when all have come here: where one ends, torchrun may end the others."""
-    wait_for_all()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def check_same(step: int) -> None:
     """Raises ValueError unless all processes are to go on from the same step."""
-    steps = [step] * processes()
+    steps = [step] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(steps, step)
     if min(steps) < max(steps):
         what = f"the machines found different checkpoints, of steps {min(steps)} and {max(steps)}"
         raise ValueError(f"{what}: --out must be on a disk that they share")
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """The list that is given gets the first SIGINT or SIGTERM. Another one more than a second later acts as usual.
-
-    Not sooner: what ends a job often signals the whole group, and torchrun passes on what it got itself.
-    """
-    caught: list[int] = []
-    since = 0.0
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number, _frame) -> None:
-        nonlocal since
-        if not caught:
-            caught.append(number)
-            since = time.monotonic()
-        elif time.monotonic() > since + 1:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
-
-    for number in before:
-        signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start_worker(_number: int) -> None:

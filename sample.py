@@ -38,10 +38,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdiffset import CDiffSET, __version__, pad_to_multiple
-from cli import DEVICE, Parser, one_line, out_of_memory, positive, run, seed_number
+from common import (
+    DEVICE_HELP,
+    Parser,
+    end_processes,
+    one_line,
+    out_of_memory,
+    positive,
+    rank,
+    run,
+    seed_number,
+    start_processes,
+    world_size,
+)
 from data import walk_images
 from images import to_uint8
-from processes import end_processes, processes, rank, start_processes
 from scene import check_tile, chunks, count_tiles, latent_size, translate_scene
 from scene_files import Source, contact_sheet, write_geotiffs, write_pictures
 from scheduler import SPACINGS
@@ -256,7 +267,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="take the numbers from one percentile to another instead, e.g. 1 99")
 
     add = parser.add_argument_group("where and how fast").add_argument
-    add("--device", help=DEVICE)
+    add("--device", help=DEVICE_HELP)
     add("--dtype", choices=DTYPES, default="float32",
         help="of the networks; bfloat16 is the fast one on GPUs (default: %(default)s)")
     add("--batch-size", type=positive, metavar="N",
@@ -340,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
         errors.append(text if name in text else f"{name}: {text}")
         bar.write(f"error: {errors[-1]}", file=sys.stderr)
 
-    stems, done, errors = share(stems, rank(), processes()), {}, []
+    stems, done, errors = share(stems, rank(), world_size()), {}, []
     total = len(stems) * args.samples * args.steps
     with tqdm(total=total, unit="step", disable=None if first else True) as bar:
         jobs = open_images(stems, inputs, kinds, args, bar, fail)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from files import atomic
+from common import atomic
 from images import (
     Raster,
     confidence_picture,

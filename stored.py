@@ -5,7 +5,7 @@ names and shapes costs nothing, and a network can be filled one tensor at a time
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import atomic, require_file
+from common import atomic, require_file, some
 
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 CONVERTED_MAX = 2**28  # bytes
@@ -134,12 +134,6 @@ def check_names(source: Path, expected: set[str], found: set[str]) -> None:
     ]
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}")
-
-
-def some(items: Iterable[str]) -> str:
-    """The first three, and how many more there are."""
-    items = list(items)
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 # ----------------------------------------------------------------------------------------------------------

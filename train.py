@@ -32,7 +32,18 @@ from torch.utils.data import Dataset
 from cache import CachedLatents, build_cache
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
 from checkpoint import Settings, read_table, run_folder
-from cli import DEVICE, Parser, positive, run, seed_number
+from common import (
+    DEVICE_HELP,
+    Parser,
+    end_processes,
+    positive,
+    rank,
+    run,
+    seed_number,
+    start_processes,
+    wait_for_all,
+    write_json,
+)
 from data import (
     Pair,
     PairDataset,
@@ -46,11 +57,9 @@ from data import (
     seed_of,
     split_pairs,
 )
-from files import write_json
 from images import confidence_picture, grid, save_image, to_uint8
 from loop import Loss, fit, precision, sample_noise
 from metrics import psnr, ssim
-from processes import end_processes, rank, start_processes, wait_for_all
 from scheduler import PREDICTION_TYPES
 from weights import network_digest
 
@@ -169,7 +178,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=seed_number, default=0, help="of split, data order, crops and noise (default: %(default)s)")
 
     add = parser.add_argument_group("where and how fast").add_argument
-    add("--device", help=DEVICE)
+    add("--device", help=DEVICE_HELP)
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the arithmetic; weights stay float32 (default: bfloat16 on GPUs, else float32)")
     add("--cache", type=Path, metavar="DIR",

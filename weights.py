@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIPTextModel
-from files import read_json, write_json
+from common import read_json, some, write_json
 from original import open_original
 from scheduler import DDPMScheduler
-from stored import Rule, Tensors, check_names, open_tensors, refuse_pickle, rename, save_tensors, some, strip
+from stored import Rule, Tensors, check_names, open_tensors, refuse_pickle, rename, save_tensors, strip
 from unet import UNet
 from vae import AutoencoderKL
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from world import AMBIGUOUS, COLOURS
+from experiments.world import AMBIGUOUS, COLOURS
 
 LEVELS = 64  # of the colour look-up
 FITTED_ON = 400  # training pairs that are looked at to fit it

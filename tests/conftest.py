@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-import cli
+import common
 from cdiffset import CDiffSET
+from experiments.pretrain import CONTEXT, TOKENS, small_unet, small_vae
+from experiments.synth import write_dataset
 from metrics import PACKAGES
-from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
-from synth import write_dataset
 
 # One thread, here and in all processes that tests start: forked ones compute with one whatever this one does, and
 # runs are compared to the last bit.
@@ -84,7 +84,7 @@ class Forked:
             # tqdm's own is shared with the process that forked, which would wait for ever if this one dies with it
             tqdm.set_lock(threading.RLock())
             before()
-            cli.run(lambda: main(*arguments))
+            common.run(lambda: main(*arguments))
 
         self.process = multiprocessing.get_context("fork").Process(target=target)
         self.process.start()

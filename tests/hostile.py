@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import cli
+import common
 
 MEMORY = 2**30  # bytes that a program may take beyond what is there when it starts
 SECONDS = 60  # that it may take
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(main: Callable, *arguments, before: Callable[[], object] = lambda: None, memory: int = MEMORY) -> Outcome:
-    """Runs a script's main() in a forked process, as cli.run does: -> exit code, lines on stdout and on stderr.
+    """Runs a script's main() in a forked process, as common.run does: -> exit code, lines on stdout and on stderr.
 
     Bars are left out of the lines. A process that takes too much memory fails, one that hangs is killed.
     """
@@ -44,7 +44,7 @@ def outcome(main: Callable, *arguments, before: Callable[[], object] = lambda: N
                 resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
                 signal.alarm(SECONDS)
                 before()
-                cli.run(lambda: main(*arguments))
+                common.run(lambda: main(*arguments))
             except SystemExit as end:
                 sys.stdout.flush()
                 os._exit(end.code or 0)

@@ -30,7 +30,7 @@ import train
 from cache import build_cache
 from cdiffset import CDiffSET
 from data import PairDataset, find_pairs
-from synth import write_dataset
+from experiments.synth import write_dataset
 
 KILLS = 20
 STEPS, IMAGES, GROWTH = 3000, 1500, 10  # of the long runs; MB that they may grow after the first third

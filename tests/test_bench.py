@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import bench
 from cdiffset import CDiffSET, add_variance_channel, widen_input
+from experiments import bench
+from experiments.pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from metrics import psnr
-from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
 
 

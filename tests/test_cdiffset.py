@@ -22,7 +22,7 @@ from cdiffset import (
     widen_input,
 )
 from clip import CLIPTextModel
-from files import write_json
+from common import write_json
 from scheduler import DDPMScheduler
 from unet import UNet
 from vae import AutoencoderKL

@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import claims
-import report
-import study
 from cdiffset import CDiffSET
 from data import find_pairs, read_mask, read_pair
+from experiments import claims, report, study
+from experiments.study import ARMS, start
 from metrics import psnr
-from study import ARMS, start
 
 
 def test_the_frechet_distance_of_shifted_and_stretched_latents():

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import choose_device
-from files import atomic
+from common import atomic, choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("synth", "pretrain", "train", "sample", "evaluate", "confidence", "claims")
@@ -38,7 +37,7 @@ def test_signals_unwind_and_set_the_exit_code(number, code):
         "import cli, time\ndef main():\n try:\n  print('up', flush=True); time.sleep(60)\n finally: print('tidy')\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program + "cli.run(main)"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program + "common.run(main)"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "up\n"
     process.send_signal(number)
@@ -106,4 +105,4 @@ def test_freed_memory_is_kept():
         " torch.ones(2**26)\n"  # 256 MB, 65,536 pages
         " print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
-    assert int(python(program + "cli.run(main)").stdout) < 1000
+    assert int(python(program + "common.run(main)").stdout) < 1000

@@ -11,12 +11,12 @@ import torch
 from conftest import write_base
 from PIL import Image
 
-import confidence
 from cdiffset import CDiffSET
-from confidence import ause, calibration, detect, ranking, sparsification
 from data import find_pairs
 from evaluate import training_colours
-from synth import write_dataset
+from experiments import confidence
+from experiments.confidence import ause, calibration, detect, ranking, sparsification
+from experiments.synth import write_dataset
 
 SAMPLING = {"steps": 2, "spacing": "trailing", "seed": 0}
 

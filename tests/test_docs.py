@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import Parser
+from common import Parser
 from train import SD_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,16 +15,16 @@ from conftest import Forked
 from PIL import Image
 
 import evaluate
-import synth
 import yardsticks
 from cdiffset import CDiffSET, add_variance_channel, widen_input
 from data import Pair, find_pairs, split_pairs
+from experiments import synth
+from experiments.pretrain import CONTEXT, TOKENS, small_unet, small_vae
+from experiments.world import COLOURS
 from images import grid, read_eo, read_sar
 from metrics import frechet_distance, psnr
-from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from sample import DEFAULT_SPACING, DEFAULT_STEPS
 from scheduler import DDPMScheduler
-from world import COLOURS
 
 
 @pytest.fixture(scope="module")

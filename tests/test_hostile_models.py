@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from files import read_json
+from common import read_json
 from stored import open_tensors
 from unet import UNet
 from vae import AutoencoderKL

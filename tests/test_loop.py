@@ -25,7 +25,7 @@ import checkpoint
 import loop
 import processes
 from checkpoint import Log, Settings, checkpoints, run_folder
-from processes import caught_signals, end_processes, start_processes
+from common import caught_signals, end_processes, start_processes
 
 
 class Numbers(torch.utils.data.Dataset):

@@ -15,10 +15,9 @@ from hostile import noise, outcome, save, tree
 from PIL import Image
 
 import evaluate
-import pretrain
 import sample
-import synth
 import train
+from experiments import pretrain, synth
 from images import read_sar
 from scene_files import Source
 

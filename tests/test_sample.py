@@ -16,8 +16,8 @@ from PIL import Image
 import sample
 import scene
 from cdiffset import CDiffSET, add_variance_channel, widen_input
+from experiments.pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from images import confidence_picture, read_sar, to_uint8
-from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
 
 REPO = Path(sample.__file__).resolve().parent

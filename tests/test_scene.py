@@ -11,8 +11,8 @@ from PIL import Image
 import scene
 import scene_files
 from cdiffset import CDiffSET, add_variance_channel, initial_noise, widen_input
+from experiments.pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from images import ImageError, read_sar
-from pretrain import CONTEXT, TOKENS, small_unet, small_vae
 from scheduler import DDPMScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore:Dataset has no geotransform")

@@ -8,9 +8,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cli
-import synth
-from world import AMBIGUOUS, COLOURS, MAIZE, MEADOW, RAPESEED, ROOF, SHIP, SOIL, WATER, WHEAT, Objects, blur, plan
+import common
+from experiments import synth
+from experiments.world import (
+    AMBIGUOUS,
+    COLOURS,
+    MAIZE,
+    MEADOW,
+    RAPESEED,
+    ROOF,
+    SHIP,
+    SOIL,
+    WATER,
+    WHEAT,
+    Objects,
+    blur,
+    plan,
+)
 
 
 def files(folder):
@@ -202,5 +216,5 @@ def die(index, **_):
 
 def run_script(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.run(lambda: synth.main(arguments))
+        common.run(lambda: synth.main(arguments))
     return exit_.value.code, capsys.readouterr().err

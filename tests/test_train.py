@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from conftest import Forked, assert_same_tensors, run, run_with_kills, tensors_under, write_base
 from PIL import Image
 
-import pretrain
-import synth
 import train
 from cdiffset import CDiffSET, denoise, variance
+from common import read_json
 from data import PairDataset, find_pairs
-from files import read_json
+from experiments import pretrain, synth
 from loop import sample_noise
 
 ROOT = Path(train.__file__).parent

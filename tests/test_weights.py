@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import stored
 from cdiffset import CDiffSET
 from clip import CLIPTextModel
-from files import read_json
+from common import read_json
 from scheduler import DDPMScheduler
 from stored import File, save_tensors
 from unet import UNet

@@ -24,16 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
-import synth
 from cdiffset import CDiffSET
 from checkpoint import read_table
-from cli import DEVICE, Parser, choose_device, positive, run, seed_number
+from common import DEVICE_HELP, Parser, atomic, choose_device, positive, run, seed_number, write_json
 from data import Pair, dataset_name, evenly, find_pairs, held_out_pairs, split_pairs
-from files import atomic, write_json
+from experiments import synth
+from experiments.report import BLUE, GREEN, GREY, ORANGE, Series, lines, markdown, origin, plot, pyplot
+from experiments.study import ARMS, BATCH, painter, prediction_error, score, trained, translator
 from metrics import psnr
-from report import BLUE, GREEN, GREY, ORANGE, Series, lines, markdown, origin, plot, pyplot
 from sample import load_model
-from study import ARMS, BATCH, painter, prediction_error, score, trained, translator
 from yardsticks import look_up
 
 LOOKS = {8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 look"}
@@ -263,7 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default="results", metavar="DIR", help="where results go (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the arithmetic of trainings, and of what trainings and steps score (default: %(default)s)")
-    add("--device", help=DEVICE)
+    add("--device", help=DEVICE_HELP)
     # fmt: on
     args = parser.parse_args(arguments)
     if args.data is None and args.claim != "vae":

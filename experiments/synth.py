@@ -29,9 +29,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from cli import Parser, positive, run, seed_number
-from files import atomic, write_json
-from world import (
+from common import Parser, atomic, positive, run, seed_number, write_json
+from experiments.world import (
     AMBIGUOUS,
     COLOURS,
     CROWNS,

@@ -19,8 +19,8 @@ import evaluate
 from cdiffset import CDiffSET, add_variance_channel, denoise
 from checkpoint import Settings, run_folder
 from data import Pair, PairDataset, evenly, mask_path, read_batches, read_center, read_mask
+from experiments.report import BLUE, GREEN, GREY, ORANGE
 from loop import Loss, fit, precision
-from report import BLUE, GREEN, GREY, ORANGE
 from train import MEASURED_AT, objective
 from unet import UNet
 from weights import network_digest

@@ -4,6 +4,8 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart. The plots ne
 """
 
 import argparse
+import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -16,8 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cli import machine
-from files import atomic
+from common import atomic
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
 
@@ -115,3 +116,12 @@ def markdown(corner: str, rows: dict[str, dict[str, str | float | None]], column
     lines = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in table]
     rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]) + "\n"
+
+
+def machine(device: str) -> str:
+    """The name of the GPU, or of the processor and its number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"

@@ -36,11 +36,10 @@ from tqdm import tqdm
 
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, initial_noise, widen_input
 from checkpoint import Settings, State
-from cli import DEVICE, Parser, choose_device, keep_freed_memory, one_line, positive, run
-from files import read_json, write_json
+from common import DEVICE_HELP, Parser, choose_device, keep_freed_memory, one_line, positive, read_json, run, write_json
+from experiments.report import markdown, origin
 from loop import add_gradients
 from metrics import psnr
-from report import markdown, origin
 from sample import DTYPES, compile_unet, load_model
 from scene import translate_scene
 from scheduler import DDPMScheduler
@@ -352,7 +351,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--runs", type=positive, default=2, help="timed runs of a contender a round (default: %(default)s)")
     add("--rounds", type=positive, default=2, help="turns of each contender (default: %(default)s)")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="where to write (default: %(default)s)")
-    add("--device", help=DEVICE)
+    add("--device", help=DEVICE_HELP)
     # fmt: on
     args = parser.parse_args(arguments)
     if unknown := [task for task in args.tasks if task not in CONTENDERS]:  # choices=... would refuse none at all

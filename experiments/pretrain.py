@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cdiffset import CDiffSET
 from checkpoint import Settings, run_folder
-from cli import DEVICE, Parser, choose_device, positive, run, seed_number
+from common import DEVICE_HELP, Parser, choose_device, positive, run, seed_number
 from data import PairDataset, dataset_name, describe, find_pairs, read_center, split_pairs
 from loop import fit, sample_noise
 from scheduler import DDPMScheduler
@@ -139,7 +139,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=1, help="processes that read images (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic (default: %(default)s)")
-    add("--device", help=DEVICE)
+    add("--device", help=DEVICE_HELP)
     add("--seed", type=seed_number, default=0, help="of split, weights, data order and noise (default: %(default)s)")
     add("--resume", action="store_true", help="go on with an interrupted run")
     # fmt: on

@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import synth
 from cdiffset import CDiffSET, pad_to_multiple
-from cli import DEVICE, Parser, choose_device, positive, run, seed_number
+from common import DEVICE_HELP, Parser, choose_device, positive, run, seed_number, write_json
 from data import (
     Pair,
     describe,
@@ -43,9 +42,9 @@ from data import (
     seed_of,
 )
 from evaluate import training_colours
-from files import write_json
+from experiments import synth
+from experiments.report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, lines, markdown, origin, plot, pyplot
 from images import confidence_picture, grid, save_image, to_uint8
-from report import BLUE, GREEN, GREY, ORANGE, PURPLE, Series, lines, markdown, origin, plot, pyplot
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import SPACINGS
 from yardsticks import local_mean, look_up
@@ -184,7 +183,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING, help="of the steps (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="of all noise (default: %(default)s)")
     add("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
-    add("--device", help=DEVICE)
+    add("--device", help=DEVICE_HELP)
     # fmt: on
     return parser.parse_args(arguments)
 
