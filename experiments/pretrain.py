@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdiffset import CDiffSET
-from checkpoint import Settings, run_folder
+from checkpoint import run_folder
 from common import DEVICE_HELP, Parser, choose_device, positive, run, seed_number
 from data import PairDataset, dataset_name, describe, find_pairs, read_center, split_pairs
-from loop import fit, sample_noise
+from train import fit, sample_noise
 from scheduler import DDPMScheduler
 from unet import UNet
 from vae import AutoencoderKL
@@ -73,7 +73,7 @@ def vae_loss(image: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor
     return loss + KL_WEIGHT * kl
 
 
-def train_vae(vae: AutoencoderKL, train: PairDataset, test: Images, settings: Settings) -> int:
+def train_vae(vae: AutoencoderKL, train: PairDataset, test: Images, settings) -> int:
     """Trains the VAE on both images of each pair; validation gives the PSNR of both. Returns the exit code."""
     device = next(vae.parameters()).device
 
@@ -96,7 +96,7 @@ def train_vae(vae: AutoencoderKL, train: PairDataset, test: Images, settings: Se
         return fit(vae, loss, train, settings, validate)
 
 
-def train_unet(model: CDiffSET, train: PairDataset, test: Images, settings: Settings) -> int:
+def train_unet(model: CDiffSET, train: PairDataset, test: Images, settings) -> int:
     """Trains the unconditional U-Net on EO latents with plain L2; the score is minus the validation loss."""
     scheduler, context = model.scheduler, model.prompt_embedding
 
