@@ -11,8 +11,8 @@ steps       Quality and time by the number of sampling steps and their spacing.
 
 Trainings are kept in --runs; the same command continues them. All use the same pairs and start from --base, which
 experiments.pretrain writes; the seed changes the order of the pairs, crops and noise. All are scored on the same
-held-out pairs with the same noise. Written to --out: claims-NAME.json (the values of each seed), claims-NAME.md, and for
-trainings a plot.
+held-out pairs with the same noise. Writes claims-NAME.json (the values of each seed) and claims-NAME.md to --out, and a
+plot of the trainings.
 """
 
 import argparse
@@ -58,7 +58,8 @@ LOOKS = {10_000: "no speckle", 8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 l
 ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: no model was trained on these
 STEPS = (1, 2, 4, 10, 25, 50)
 SAMPLES = 4  # translations that are averaged
-BATCH = 16  # images at a time, outside training
+BATCH = 16  # pairs, in training and scoring
+LR = 6e-4  # the highest learning rate
 VALIDATIONS, VALIDATED = 10, 32  # of a training, and the pairs of each
 CHANGES = {"RMSE, unchanged ↓": 0, "RMSE, only in SAR ↓": 1, "RMSE, only in EO ↓": 2}  # values of the change masks
 METRICS = {"psnr": "PSNR, dB ↑", "ssim": "SSIM ↑", "scc": "SCC ↑"}
@@ -139,12 +140,15 @@ def in_batches(pairs: list[Pair], args: argparse.Namespace) -> Iterator[tuple[ra
 @torch.inference_mode()
 def score(pairs: list[Pair], make: Make, args: argparse.Namespace) -> dict[str, float]:
     """Mean metrics of the images that `make` makes of the pairs. With change masks, also the RMSE in levels of 0..255
-    over the pixels of each kind, in all images together; with class masks, the land cover agreement.
+    over the pixels of each kind, in all images together; with class masks, the land cover agreement. The seconds are
+    those of the fastest batch, which other programs disturbed least.
     """
-    rows, squares = [], defaultdict(list)
+    rows, squares, took = [], defaultdict(list), []
     for numbers, sar, eo in in_batches(pairs, args):
+        began = time.perf_counter()
         with precision(args.device, args.dtype):
             made = make(sar, numbers).float().clamp(-1, 1).cpu()
+        took.append((time.perf_counter() - began) / len(sar))
         errors = np.square(127.5 * (made - eo).numpy()).mean(axis=1)
         for i, image, error, row in zip(numbers, made, errors, evaluate.score(made, eo)):
             rows.append({title: row[metric] for metric, title in METRICS.items()})
@@ -157,7 +161,7 @@ def score(pairs: list[Pair], make: Make, args: argparse.Namespace) -> dict[str, 
                     squares[title].append(error[change == kind])
     squares = {title: np.concatenate(values) for title, values in squares.items()}
     rmse = {title: float(np.sqrt(values.mean(dtype=np.float64))) for title, values in squares.items() if len(values)}
-    return evaluate.means(rows) | rmse
+    return evaluate.means(rows) | rmse | {"seconds an image ↓": min(took)}
 
 
 def translator(model: CDiffSET, steps: int = 10, spacing: str = "trailing", samples: int = 1, first: int = 0) -> Make:
@@ -197,6 +201,11 @@ def regress(unet: nn.Module, model: CDiffSET, sar: Tensor) -> Tensor:
     return denoise(unet, z_sar, z_sar, 0, model.prompt_embedding)[0].float()
 
 
+def painter(model: CDiffSET) -> Make:
+    """Makes the images of the regression."""
+    return lambda sar, _: model.decode(regress(model.unet, model, sar))
+
+
 def regression_loss(model: CDiffSET) -> train.Loss:
     """The mean absolute error of the EO latent, as `fit` expects it."""
 
@@ -233,7 +242,7 @@ def trained(name: str, seed: int, training: list[Pair], held_out: list[Pair], ar
     model = start(name, seed, args.base).to(args.device)
     model.vae.requires_grad_(False)
     options = vars(train.parse(["--data", args.data])) | {
-        "out": args.runs / f"{name}-{seed}", "steps": args.train_steps, "batch_size": args.batch_size, "lr": args.lr,
+        "out": args.runs / f"{name}-{seed}", "steps": args.train_steps, "batch_size": BATCH, "lr": LR,
         "dtype": args.dtype, "seed": seed, "workers": 0, "save_every": 250, "resume": True,
         "validate_every": max(1, args.train_steps // VALIDATIONS),
     }  # fmt: skip
@@ -264,8 +273,7 @@ def trainings(args: argparse.Namespace) -> Scores:
         for seed in args.seeds:
             model = trained(name, seed, split.train, held_out, args)
             if kind == "l1":
-                make = lambda sar, _, model=model: model.decode(regress(model.unet, model, sar))  # noqa: E731
-                collect(results, title, score(held_out, make, args))
+                collect(results, title, score(held_out, painter(model), args))
                 continue
             collect(results, title, score(held_out, translator(model), args))
             collect(results, title, {"prediction error ↓": prediction_error(model, False, held_out, args)})
@@ -289,10 +297,7 @@ def trainings(args: argparse.Namespace) -> Scores:
 
 
 def steps(args: argparse.Namespace) -> Scores:
-    """Quality of the translations of --model by steps and spacing; the seeds are those of the noise.
-
-    The seconds are those of the fastest batch, which other programs disturbed least.
-    """
+    """Quality of the translations of --model by steps and spacing; the seeds are those of the noise."""
     model, results = load_model(args.model, args.device), {}
     split, _ = held_out_pairs(find_pairs(args.data).pairs, args.model)
     args.reading, _ = decide_reading(split.train, Reading(**model.trained_on))
@@ -300,16 +305,8 @@ def steps(args: argparse.Namespace) -> Scores:
     for spacing in ("leading", "trailing"):
         for number in tqdm(STEPS, desc=spacing):
             for seed in args.seeds:
-                translate, took = translator(model, number, spacing, first=seed * len(held_out)), []
-
-                def make(sar: Tensor, numbers: range, translate: Make = translate, took: list = took) -> Tensor:
-                    began = time.perf_counter()
-                    made = translate(sar, numbers).cpu()
-                    took.append((time.perf_counter() - began) / len(sar))
-                    return made
-
-                scores = score(held_out, make, args)
-                collect(results, f"{spacing}, {number}", scores | {"seconds an image ↓": min(took)})
+                make = translator(model, number, spacing, first=seed * len(held_out))
+                collect(results, f"{spacing}, {number}", score(held_out, make, args))
     return results
 
 
@@ -336,8 +333,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="C-DiffSET model, for steps (default: %(default)s)")
     add("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add("--train-steps", type=positive, default=500, metavar="N", help="of each training (default: %(default)s)")
-    add("--batch-size", type=positive, default=16, metavar="N", help="pairs in a training step (default: %(default)s)")
-    add("--lr", type=float, default=6e-4, help="highest learning rate (default: %(default)s)")
     add("--size", type=positive, metavar="N",
         help="side of the crops or scenes in pixels (default: 64 for trainings, else 128)")
     add("--limit", type=positive, metavar="N",
@@ -368,10 +363,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = {name: {column: cell(values) for column, values in row.items()} for name, row in results.items()}
     table = evaluate.markdown("", rows, columns)
     what = "scenes a seed" if args.claim == "vae" else "held-out pairs at most"
-    note = (
-        f"{args.limit} {what} of {args.size} pixels; seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation"
-    )
-    note += f". `{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
+    note = f"{args.limit} {what} of {args.size} pixels; mean ± standard deviation over the seeds {args.seeds}. "
+    note += f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
     with atomic(stem.with_suffix(".md")) as temporary:
         temporary.write_text(f"{table}\n{note}\n", encoding="utf-8")
     print(f"{table}wrote {stem}.json and .md")
