@@ -122,6 +122,8 @@ class CDiffSET(nn.Module):
         self.vae, self.unet, self.scheduler = vae, unet, scheduler
         self.register_buffer("prompt_embedding", prompt_embedding)
         self.from_base = False
+        self.trained_on = {}
+        self.assumptions = []
         self.eval()
 
     @classmethod

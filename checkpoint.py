@@ -1,182 +1,64 @@
-"""A training on disk: its settings, its folder, its checkpoints, its logs.
+"""What a training keeps on disk: its folder, its checkpoints, its two tables.
 
-run_folder: one run at a time, the one it was  ->  State: load, update, save  ->  Log: a row a step
+    runs/NAME/checkpoint/00001000.safetensors   weights, optimizer, moving average; the step and settings in the header
+    runs/NAME/log.csv, validation.csv           a row for each step, and for each validation
+
+What a step computes depends on the seed and the step's number alone (see `train.py`), so no random state is saved: a
+run that was killed and resumed equals one that was not.
 """
 
+import argparse
 import csv
 import json
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common import atomic, changed_settings, exclusive, out_of_memory, rank, require_file, world_size
-from stored import check_names, open_tensors, save_tensors
+from weights import check_names, open_tensors, save_tensors
 
-# What may differ when a run is resumed, as the number of processes may. The other settings make it the run it is.
-CHANGEABLE = {"out", "accumulate", "workers", "save_every", "validate_every", "keep", "resume", "about"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. Raises ValueError on values that cannot be."""
-
-    out: Path
-    steps: int
-    batch_size: int  # over all processes and accumulation steps
-    lr: float = 3e-5
-    warmup: int = 100  # steps
-    clip: float = 1.0  # largest norm of the gradient
-    accumulate: int = 1  # parts in which each process computes its share of a batch
-    ema: float = 0.0  # decay of the moving average of the weights; 0: none
-    dtype: str = "float32"  # or "bfloat16", of the arithmetic (autocast); weights and optimizer stay float32
-    seed: int = 0
-    workers: int = 0  # processes that read; 0: this one
-    save_every: int = 1000
-    validate_every: int = 1000
-    keep: int = 2  # checkpoints
-    resume: bool = False
-    about: dict[str, str | int] = field(default_factory=dict)  # what else makes the run: dataset, model, loss ...
-
-    def __post_init__(self):
-        for name, value, good, wanted in (
-            ("lr", self.lr, 0 < self.lr < math.inf, "a number above 0"),
-            ("clip", self.clip, self.clip > 0, "a number above 0"),
-            ("ema", self.ema, 0 <= self.ema < 1, "0 for none, or a number below 1 such as 0.9999"),
-            ("workers", self.workers, self.workers >= 0, "0 or more"),
-        ):
-            if not good:
-                raise ValueError(f"--{name} {value}: must be {wanted}")
-        if self.batch_size % (world_size() * self.accumulate):
-            parts = f"{world_size()} process(es) x {self.accumulate} accumulation step(s)"
-            raise ValueError(f"--batch-size {self.batch_size}: cannot be shared evenly by {parts}")
-
-    def identity(self) -> dict:
-        """What must not change within a run."""
-        return {key: value for key, value in asdict(self).items() if key not in CHANGEABLE} | self.about
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The folder
-
-
-UNFINISHED = re.compile(r"\.(tmp\w{6}|.+\.\d+\.\w+)")  # temporary names of safetensors and of files.atomic
-
-
-@contextmanager
-def run_folder(settings: Settings) -> Iterator[None]:
-    """Holds settings.out for a run, which `check_run` allows, and says in one line what befalls it (ValueError)."""
-    first = rank() == 0
-    with explained(settings), exclusive(settings.out) if first else nullcontext():
-        if first:
-            check_run(settings)
-            for pattern in (".*", "checkpoint/.*", "samples/.*", "model/.*", "model/*/.*"):  # what a killed run left
-                for path in settings.out.glob(pattern):
-                    if UNFINISHED.fullmatch(path.name) and path.is_file():
-                        path.unlink()
-        yield
-
-
-def check_run(settings: Settings) -> None:
-    """Raises ValueError if the folder holds a run that is not to be resumed, or one made with other settings."""
-    out, kept = settings.out, checkpoints(settings.out)
-    if not kept:
-        if settings.resume:
-            print(f"{out} holds no checkpoint: starting from the beginning")
-        return
-    if not settings.resume:
-        raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
-    if changed := changed_settings(read_header(kept[-1])["settings"], settings.identity()):
-        raise ValueError(f"{out} was made with other settings ({changed}): resume with the same")
-
-
-@contextmanager
-def explained(settings: Settings) -> Iterator[None]:
-    """Turns what can befall a training into a ValueError of one line that says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        what = str(error).partition("\n")[0]
-        if out_of_memory(error):
-            advice = f"--accumulate {2 * settings.accumulate}, --checkpointing or a smaller --batch-size"
-            raise ValueError(f"out of memory: try {advice} ({what})") from error
-        if "DataLoader worker" in what:
-            advice = "go on with --resume; if it recurs, memory may be short: use fewer --workers"
-            raise ValueError(f"a process that reads images died ({what}): {advice}") from error
-        if world_size() > 1 and "closed by peer" in what:
-            raise ValueError("another process of this run ended; its message says why") from error
-        raise
-    except OSError as error:
-        kept = last_checkpoint(settings.out)
-        raise ValueError(f"{settings.out}: {error}; {kept}; mend that and go on with --resume") from error
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoint").glob("[0-9]*.safetensors"))
-
-
-def last_checkpoint(out: Path) -> str:
-    """The newest checkpoint, for messages."""
-    return f"the last checkpoint is {next(reversed(checkpoints(out)), 'none')}"
-
-
-def read_header(path: Path) -> dict:
-    """The step and settings of a checkpoint. Raises ValueError if it cannot be read."""
-    try:
-        require_file(path)
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["training"])
-        match header:
-            case {"step": int(step), "settings": dict()} if step >= 0:
-                return header
-        raise ValueError("no step and settings in it")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        what = f"not a readable checkpoint ({error})"
-        raise ValueError(f"{path}: {what}; delete it to resume from the one before") from error
-
+KEPT = 2  # checkpoints
+# The options that a resumed run must share with the run that it continues. The others may change.
+FIXED = ("steps", "batch_size", "lr", "clip", "ema", "dtype", "seed")
 
 # ----------------------------------------------------------------------------------------------------------
 # The state
 
 
 class State:
-    """All that a checkpoint holds: weights, optimizer, moving average and the number of steps done.
+    """Everything a training changes: the trainable weights, AdamW's moments, their moving average (EMA), the step.
 
-    A checkpoint is one safetensors file, so that it is there whole or not at all.
+    A checkpoint is one safetensors file, so that it is there as a whole or not at all.
     """
 
-    def __init__(self, network: nn.Module, settings: Settings):
-        self.network, self.settings = network, settings
+    def __init__(self, network: nn.Module, args: argparse.Namespace):
+        self.network, self.step = network, 0
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        weights = list(self.parameters.values())
-        self.optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=0.01, fused=True)
-        for p in weights:  # as AdamW does at its first step; so a checkpoint is restored by copying, nothing else
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), args.lr, weight_decay=0.01, fused=True)
+        for p in self.parameters.values():  # AdamW would make these in its first step; made now, `load` just copies
             zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
-        self.step = 0
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if args.ema else {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name in the checkpoint; the tensors themselves, not copies."""
-        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        """The tensors themselves, not copies, by their names in the checkpoint."""
+        tensors = {f"network.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"average.{name}": average for name, average in self.average.items()}
         for name, p in self.parameters.items():
             tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in self.optimizer.state[p].items()}
         return tensors
 
-    def save(self) -> None:
-        """Writes checkpoint/STEP.safetensors, then drops the oldest ones."""
-        header = {"step": self.step, "settings": self.settings.identity()}
-        path = self.settings.out / "checkpoint" / f"{self.step:08d}.safetensors"
-        save_tensors(path, self.tensors(), {"training": json.dumps(header)})
-        for old in checkpoints(self.settings.out)[: -self.settings.keep]:
+    def save(self, out: Path, settings: dict) -> None:
+        """Writes checkpoint/STEP.safetensors, then deletes the oldest ones."""
+        header = json.dumps({"step": self.step, "settings": settings})
+        save_tensors(out / "checkpoint" / f"{self.step:08d}.safetensors", self.tensors(), {"training": header})
+        for old in checkpoints(out)[:-KEPT]:
             old.unlink()
 
     def load(self, path: Path) -> None:
@@ -189,21 +71,9 @@ class State:
             tensor.copy_(stored[name].load(tensor.dtype))
         self.step = header["step"]
 
-    def update(self, rate: float) -> None:
-        """One step of the optimizer, with the gradients that are there; the average follows."""
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            # a mean of all weights at first, which else would long be those of the start
-            decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-            for name, average in self.average.items():
-                average.lerp_(self.parameters[name], 1 - decay)
-        self.step += 1
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the network is in evaluation mode, with the averaged weights if there are any."""
+        """Within it, the network is in evaluation mode and has the averaged weights, if there are any."""
 
         def exchange() -> None:
             for name, average in self.average.items():
@@ -219,72 +89,124 @@ class State:
             exchange()
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((out / "checkpoint").glob("[0-9]*.safetensors"))
+
+
+def last_checkpoint(out: Path) -> str:
+    """The newest checkpoint, for messages."""
+    return f"the last checkpoint is {next(reversed(checkpoints(out)), 'none')}"
+
+
+def read_header(path: Path) -> dict:
+    """The step and the settings of a checkpoint. Raises ValueError if it cannot be read."""
+    try:
+        require_file(path)
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["training"])
+        match header:
+            case {"step": int(step), "settings": dict()} if step >= 0:
+                return header
+        raise ValueError("no step and settings in it")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        problem = f"not a readable checkpoint ({error})"
+        raise ValueError(f"{path}: {problem}; delete it to resume from the one before") from error
+
+
 # ----------------------------------------------------------------------------------------------------------
-# The logs
+# The folder of a run
+
+UNFINISHED = re.compile(r"\.(tmp\w{6}|.+\.\d+\.\w+)")  # temporary names of safetensors and of common.atomic
 
 
-DAMAGED = "not the table that this run writes; move it away and go on with --resume"
+@contextmanager
+def run_folder(args: argparse.Namespace, identity: dict) -> Iterator[dict]:
+    """Locks args.out for a run and yields the settings that its checkpoints hold: FIXED options and `identity`.
 
-
-class Log:
-    """A table that grows by a row a step: a CSV file, and TensorBoard where that is installed.
-
-    When a run is resumed, the rows from step `start` on are forgotten. Raises ValueError if the file is no such table.
-    last: the step of the last row; best: the highest of the numbers that follow the step.
+    Raises ValueError if the folder holds a run that is not to be resumed, or one with other settings; also when the
+    training within fails for a reason that the user can mend: one line with what to do.
     """
+    settings = {key: getattr(args, key) for key in FIXED} | identity
+    settings = json.loads(json.dumps(settings))  # as a checkpoint's header gives them back
+    try:
+        with exclusive(args.out) if rank() == 0 else nullcontext():
+            if rank() == 0:
+                check_folder(args.out, args.resume, settings)
+            yield settings
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if out_of_memory(error):
+            advice = f"--accumulate {2 * args.accumulate}, --checkpointing or a smaller --batch-size"
+            raise ValueError(f"out of memory: try {advice} ({reason})") from error
+        if "DataLoader worker" in reason:
+            advice = "continue with --resume; if it happens again, memory may be short: use fewer --workers"
+            raise ValueError(f"a process that reads images died ({reason}): {advice}") from error
+        if world_size() > 1 and "closed by peer" in reason:
+            raise ValueError("another process of this run exited; its message says why") from error
+        raise
+    except OSError as error:
+        raise ValueError(f"{args.out}: {error}; {last_checkpoint(args.out)}; continue with --resume") from error
 
-    def __init__(self, path: Path, start: int):
-        rows = [row for row in read_table(path) if row["step"] < start]
-        with atomic(path) as temporary:
-            append(temporary, rows)
-        self.path, self.columns = path, list(rows[0]) if rows else None
-        self.last, self.best = 0, -math.inf
-        for row in rows:
-            self._look_at(row)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=start)
-        except ImportError:
-            self.board = None
+def check_folder(out: Path, resume: bool, settings: dict) -> None:
+    """Checks that a run may write here, and deletes the half-written files of a killed one."""
+    kept = checkpoints(out)
+    if kept and not resume:
+        raise ValueError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+    if kept and (changed := changed_settings(read_header(kept[-1])["settings"], settings)):
+        raise ValueError(f"{out} was made with other settings ({changed}): resume with the same")
+    if resume and not kept:
+        print(f"{out} holds no checkpoint: starting from the beginning")
+    for pattern in (".*", "checkpoint/.*", "samples/.*", "model/.*", "model/*/.*"):
+        for path in out.glob(pattern):
+            if UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
-    def write(self, row: dict[str, float]) -> None:
-        """Appends a row, of which the first number is the step."""
-        if self.columns not in (None, list(row)):
-            raise ValueError(f"{self.path}: {DAMAGED} (its columns are {', '.join(self.columns)})")
-        append(self.path, [row])
-        self._look_at(row)
-        if self.board:
-            (_, step), *values = row.items()
-            for name, value in values:
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
 
-    def _look_at(self, row: dict[str, float]) -> None:
-        self.last, value, *_ = row.values()
-        self.best = max(self.best, float(f"{value:.6g}"))  # as a resumed run will read it; a NaN is never the best
+def check_same_step(step: int) -> None:
+    """Raises ValueError unless all processes continue from the same step."""
+    steps = [step] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(steps, step)
+    if min(steps) < max(steps):
+        found = f"the processes found different checkpoints, of steps {min(steps)} and {max(steps)}"
+        raise ValueError(f"{found}: --out must be on a disk that they share")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The tables
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """The rows of a log; none if it is not there. Raises ValueError if it is no such table."""
+    """The rows of log.csv or validation.csv; none if it does not exist. Raises ValueError if it is damaged."""
     if not path.exists():
         return []
     require_file(path)
     try:
         with path.open() as file:
             lines = [line for line in file if line.endswith("\n")]  # a full disk may have cut the last one
-        rows = csv.DictReader(lines)
-        if rows.fieldnames and len(rows.fieldnames) < 2:
-            raise ValueError("nothing but steps")
-        return [{name: float(text) for name, text in row.items()} | {"step": int(row["step"])} for row in rows]
+        return [
+            {name: float(x) for name, x in row.items()} | {"step": int(row["step"])} for row in csv.DictReader(lines)
+        ]
     except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise ValueError(f"{path}: {DAMAGED} ({error})") from error
+        problem = "not a table that train.py wrote; move it away and continue with --resume"
+        raise ValueError(f"{path}: {problem} ({error})") from error
 
 
-def append(path: Path, rows: list[dict[str, float]]) -> None:
-    """Adds rows to a table, and their names if it is empty."""
-    with path.open("a", newline="") as file:
-        if rows and not file.tell():
-            csv.writer(file).writerow(rows[0])
+def rewind_table(path: Path, step: int) -> list[dict[str, float]]:
+    """Deletes the rows after `step`, which a resumed run will write anew; returns the others."""
+    rows = [row for row in read_table(path) if row["step"] <= step]
+    with atomic(path) as temporary:
         for row in rows:
-            csv.writer(file).writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
+            append_row(temporary, row)
+    return rows
+
+
+def append_row(path: Path, row: dict[str, float]) -> None:
+    """Adds a row to a table, and the column names if the table is empty."""
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if not file.tell():
+            writer.writerow(row)
+        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())

@@ -121,6 +121,20 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+def choose_dtype(name: str | None, device: str, training: bool = False) -> str:
+    """The named dtype, or the fast one of the device: bfloat16 on GPUs from compute capability 8.0 (Ampere) and on
+    CPUs with AMX or AVX512-BF16; on older GPUs float16, but float32 in training; else float32.
+    """
+    if name is not None:
+        return name
+    if device.startswith("cuda"):
+        older = "float32" if training else "float16"
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else older
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if device == "cpu" and cpuinfo.exists() else ""
+    return "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
+
+
 def start_processes(device: str | None) -> str:
     """Joins the processes that torchrun started, if any; returns this process's device.
 

@@ -6,6 +6,8 @@ Order, crops and noise of a training are drawn from (seed, sample position) alon
 """
 
 import hashlib
+import signal
+from contextlib import contextmanager
 import os
 import re
 from collections import Counter
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from common import read_json, some
@@ -389,3 +392,163 @@ class PairDataset(torch.utils.data.Dataset):
 def batch_positions(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
     """The positions of the global batches of steps start..stop - 1, of which every rank takes its slice."""
     return (range(step * batch_size + rank, (step + 1) * batch_size, world) for step in range(start, stop))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading ahead
+
+Batch = tuple[list[Tensor], list[int]]  # tensors, and the positions of the samples
+
+
+class Batches(torch.utils.data.Dataset):
+    """Positions -> a batch, or the error that a sample raised, which a DataLoader would turn into a traceback's text."""
+
+    def __init__(self, samples: torch.utils.data.Dataset):
+        self.samples = samples
+
+    def __getitem__(self, positions: range) -> Batch | Exception:
+        try:
+            return default_collate([self.samples[i] for i in positions]), list(positions)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def ignore_signals(_worker: int) -> None:
+    """For reading processes: they live until the step is finished, even if the whole group is signalled."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def read_ahead(
+    samples: torch.utils.data.Dataset, positions: Iterator[range], workers: int, pin: bool
+) -> Iterator[Iterator[Batch]]:
+    """Yields the batches at these positions, read ahead by processes that end with the context.
+
+    pin: into memory from which a GPU can copy by itself. Raises what a sample raised (ValueError, OSError), and
+    RuntimeError if a reading process dies.
+    """
+    options = {"num_workers": workers, "worker_init_fn": ignore_signals, "pin_memory": pin}
+    loader = iter(DataLoader(Batches(samples), batch_size=None, sampler=positions, **options))
+
+    def read() -> Iterator[Batch]:
+        while True:
+            try:
+                batch = next(loader)
+            except (OSError, EOFError) as error:  # the process died while it handed over a batch
+                raise RuntimeError(f"DataLoader worker: {error}") from error
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+    try:
+        yield read()
+    finally:
+        if workers:  # they ignore SIGTERM, by which Python would end its children and then wait for ever
+            try:
+                loader._shutdown_workers()
+            finally:  # a dead worker or a signal may have interrupted it
+                for worker in loader._workers:
+                    worker.kill()
+
+
+# --- shim ---
+class Split(NamedTuple):
+    train: list
+    val: list
+    test: list
+    notes: list = []
+_split=split_pairs
+def split_pairs(pairs, seed=0):
+    a,b=_split(pairs, seed); return Split(a,b,b,[])
+def cut_large(pairs, size, cached): return pairs
+from images import Reading
+def decide_reading(pairs, reading): return reading._replace(sar="full", eo="full"), []
+_rp=read_pair
+def read_pair(pair, reading=None, cut=lambda a,b:(a,b)): return _rp(pair, cut)
+def read_center(pair, size, reading=None):
+    return _rp(pair, lambda sar, eo: (center_crop(sar, size), center_crop(eo, size)))
+class PairDataset(PairDataset):
+    def __init__(self, pairs, size, seed=0, flips=True, reading=None):
+        super().__init__(pairs, size, seed, flips)
+    def __getitem__(self, position):
+        def cut(*images):
+            top, left, orientation = self.augmentation(position, *images[0].shape[-2:])
+            return tuple(orient(x[..., top : top + self.size, left : left + self.size], orientation) for x in images)
+        return _rp(self.pair(position), cut)
+
+
+import shutil
+from math import prod
+from cdiffset import CDiffSET
+from common import exclusive, write_json
+from weights import network_digest
+class CachedLatents(torch.utils.data.Dataset):
+    """The samples of `pairs` as latents: position -> (z_sar, z_eo), each float32 (C, h, w). See `build_cache`."""
+
+    def __init__(self, folder: Path, pairs: PairDataset):
+        self.file, self.shape = folder / "latents.bin", read_json(folder / "cache.json")["shape"]
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        _, _, orientation = self.pairs.augmentation(position, self.pairs.size, self.pairs.size)
+        latents = np.memmap(self.file, np.float16, "r", shape=(len(self), *self.shape))  # nothing is read yet
+        return tuple(torch.from_numpy(latents[self.pairs.index(position), orientation].astype(np.float32)))
+
+
+def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
+    """What the cached numbers depend on: the VAE, the files (name, length, time of change), the size."""
+    digest = hashlib.sha256(f"{network_digest(model.vae)} {pairs.size}".encode())
+    for pair in pairs.pairs:
+        for path in (pair.sar, pair.eo):
+            state = path.stat()
+            digest.update(f"\0{path.name}\0{state.st_size}\0{state.st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
+    """Encodes what is not encoded yet into folder/latents.bin, a record a pair: float16 (8 or 1, 2, C, h, w).
+
+    The model runs on the device it is on. Raises ValueError if another process fills the folder, if it holds the
+    cache of something else, if an image is not of the training size (random crops of larger ones cannot be
+    cached), or if the disk is too small.
+    """
+    side = pairs.size // model.vae.factor
+    orientations = 8 if pairs.flips else 1
+    shape = (orientations, 2, model.vae.config["latent_channels"], side, side)
+    about = {"fingerprint": fingerprint(model, pairs), "shape": list(shape)}
+    file, manifest = folder / "latents.bin", folder / "cache.json"
+    with exclusive(folder):
+        was = read_json(manifest) if manifest.exists() else None
+        held = file.stat().st_size if file.exists() else 0
+        if was != about:
+            if was is not None and held:
+                what = "the cache of another model, dataset (or copied files), split (--seed), --size or --no-flips"
+                raise ValueError(f"{folder} holds {what}: delete it, or name another folder")
+            file.unlink(missing_ok=True)
+            held = 0
+            write_json(manifest, about)
+        record = 2 * prod(shape)  # bytes
+        done = held // record
+        needed, free = record * (len(pairs) - done), shutil.disk_usage(folder).free
+        if needed > free:
+            space = f"{needed / 1e9:.1f} GB for the cache, and {free / 1e9:.1f} GB are free"
+            raise ValueError(f"{folder}: there is too little disk, it takes {space}; name another folder")
+        try:
+            with file.open("ab") as output:
+                output.truncate(done * record)
+                for pair in tqdm(pairs.pairs[done:], initial=done, total=len(pairs), unit="pair", desc="encoding"):
+                    images = torch.stack(_rp(pair))  # (2, 3, H, W)
+                    if images.shape[2:] != (pairs.size, pairs.size):
+                        size = f"{images.shape[3]}x{images.shape[2]} pixels, not --size {pairs.size}"
+                        advice = "train without --cache, or cut the images first"
+                        raise ValueError(f"{pair.sar}: {size}; random crops cannot be cached: {advice}")
+                    turned = torch.cat([orient(images, i) for i in range(orientations)])
+                    latents = model.encode(turned).cpu().numpy().astype(np.float16)
+                    output.write(latents.tobytes())
+        except OSError as error:
+            raise ValueError(f"{file}: {error}; the same command goes on where it stopped") from error

@@ -1,23 +1,23 @@
-"""Translates scenes of any size in overlapping tiles that are denoised together.
+"""Scenes of any size: tiles that are denoised together, and GeoTIFFs read and written by windows.
 
-    read -> encode -> z_sar ---------+
-                                     +-> for each step, all tiles: predict, blend, step -> z_0 -> decode -> write
-    noise of the whole scene -> z_t -+
+    Source.read -> encode -> z_sar ---------+
+                                            +-> for each step, all tiles: predict, blend, step -> z_0 -> decode -> write
+    noise of the whole scene -> z_t --------+
 
-If every tile were translated on its own, neighbours would invent different fields and roofs, and no blending of
-pixels could hide it. So here all tiles take each step together, and where they overlap their predictions are
-averaged with smooth weights before the step (Bar-Tal et al., "MultiDiffusion", ICML 2023): there is one latent image
-throughout, and neighbours agree. Encoding and decoding are blended alike, as the VAE's norms look at a whole tile.
+If every tile were translated on its own, neighbouring tiles would invent different fields and roofs, and no blending of
+pixels could hide it. So all tiles take each step together, and where they overlap their predictions are averaged with
+smooth weights before the step (Bar-Tal et al., "MultiDiffusion", ICML 2023): there is one latent image throughout, and
+neighbours agree. Encoding and decoding are blended in the same way, since the VAE's norms look at a whole tile.
 
-Latents lie in temporary files without names (`OnDisk`), and all stages go through the scene tile by tile (`blend`).
-So memory depends on the tile, little on the scene's width (what a row of tiles shares with the next is kept) and not
-on its height.
+Latents are kept in temporary files (`OnDisk`), and every stage goes through the scene tile by tile (`blend`). So memory
+depends on the tile and a little on the scene's width (a row of tiles keeps what it shares with the next), but not on
+its height.
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -27,10 +27,26 @@ import torch
 from torch import Tensor
 
 from cdiffset import CDiffSET, denoise, pad_to_multiple, resize_confidence, variance
+from common import atomic
+from images import (
+    Raster,
+    Reading,
+    confidence_picture,
+    describe_sar,
+    needs_rasterio,
+    open_geotiff,
+    read_picture,
+    read_window,
+    sar_image,
+    sar_mask,
+    sar_scale,
+    write_png,
+)
 from scheduler import DDIMScheduler
 
 NOISE_CHUNK = 2**20  # numbers drawn at a time
-MARGIN = 4  # latent rows that bicubic resizing must see beyond a window: its kernel reaches 2
+MARGIN = 4  # latent rows that bicubic resizing must see beyond a window; its kernel reaches 2
+OVERVIEW = 1024  # longest side of the reduced copy from which a scene's range of values is taken
 Tile = tuple[int, slice, slice]  # number of the sample, rows, columns
 
 
@@ -48,19 +64,19 @@ def translate_scene(
     folder: Path | None = None,
     progress: Callable[[int], object] = lambda tiles: None,
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-    """Translates a scene of height x width pixels, N = len(seeds) times, and gives it out in rectangular parts.
+    """Translates a scene of height x width pixels, N = len(seeds) times, and yields it in rectangular parts.
 
     read(top, bottom, left, right) -> a part of the SAR image (3, bottom - top, right - left) in [-1, 1].
     Yields (top, left, EO (N, 3, rows, columns) in [-1, 1], confidence (N, 1, rows, columns)), as `CDiffSET.translate`
-    gives them; each pixel once, from top to bottom. Sample i starts from the noise of seeds[i], drawn as in
+    returns them; each pixel once, from top to bottom. Sample i starts from the noise of seeds[i], drawn as in
     `translate`; a scene of one tile is the very same computation.
-    batch: tiles (times samples) that the networks take at once. folder: for temporary files (default: the
-    system's), of 4 * (4 + 5 N) bytes a latent pixel. progress: called with the number of tiles just done,
-    `count_tiles` of them in all. ValueError: a tile that is no multiple of the model's unit, or less than two.
+    batch: tiles (times samples) that the networks take at once. folder: for temporary files (default: the system's)
+    of 4 * (4 + 5 N) bytes a latent pixel. progress: called with the number of tiles just done, of `count_tiles`.
+    Raises ValueError if the tile is not a multiple of the model's unit, or shorter than two.
     """
     check_tile(model, tile)
     scheduler = DDIMScheduler(**model.scheduler.config | {"steps": steps, "spacing": spacing})
-    context = model.prompt_embedding  # where the networks are, and of their precision
+    context = model.prompt_embedding  # on the networks' device, in their precision
     factor, channels, samples = model.vae.factor, model.vae.config["latent_channels"], len(seeds)
     h, w = latent_size(model, height, width)
     side = tile // factor
@@ -70,7 +86,7 @@ def translate_scene(
         image = read(rows.start * factor, bottom, columns.start * factor, right)
         return pad_to_multiple(image[None].float(), model.unit)[0]
 
-    # what the networks do for some tiles at once: (B, C, ...)
+    # what the networks compute for several tiles at once: (B, C, ...)
     def encode(tiles: list[Tile]) -> Tensor:
         return model.encode(torch.stack([pixels(*place) for _, *place in tiles]))
 
@@ -85,12 +101,11 @@ def translate_scene(
     def decode(tiles: list[Tile]) -> Tensor:
         return model.decode(torch.stack([z_t.read(*place) for place in tiles]))
 
-    def resized(rows: slice, columns: slice) -> Tensor:  # confidence (N, 1, ...) of these latent pixels
+    def resized(rows: slice, columns: slice) -> Tensor:  # the confidence (N, 1, ...) of these latent pixels
         above, before = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)
         place = slice(above, min(rows.stop + MARGIN, h)), slice(before, min(columns.stop + MARGIN, w))
         x = torch.stack([confidence.read(n, *place) for n in range(samples)])
-        size = [n * factor for n in x.shape[2:]]
-        x = resize_confidence(x, size)
+        x = resize_confidence(x, [n * factor for n in x.shape[2:]])
         return x[:, :, (rows.start - above) * factor :, (columns.start - before) * factor :]
 
     blended = partial(blend, h, w, side, batch=batch)
@@ -108,7 +123,7 @@ def translate_scene(
         for i, t in enumerate(scheduler.timesteps.tolist()):
             for rows, columns, outputs in blended(partial(predict, t, i == steps // 2), samples):
                 for n, output in enumerate(outputs):
-                    # no tile to come reads these pixels again, so they may take their step
+                    # no later tile reads these pixels, so they may take their step
                     x = z_t.read(n, rows, columns).to(output.device)
                     z_t.write(n, rows, columns, scheduler.step(output[:channels], t, x))
                     if len(output) > channels:
@@ -123,7 +138,7 @@ def translate_scene(
 
 
 def chunks(items: list, size: int) -> Iterator[list]:
-    """The items in runs of `size`, the last perhaps shorter."""
+    """The items in runs of `size`; the last may be shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
@@ -131,7 +146,7 @@ def chunks(items: list, size: int) -> Iterator[list]:
 def check_tile(model: CDiffSET, tile: int) -> None:
     """Raises ValueError unless tiles of this many pixels suit the model."""
     if tile % model.unit or tile < 2 * model.unit:
-        raise ValueError(f"tiles of {tile} pixels: this model needs multiples of {model.unit}, at least two")
+        raise ValueError(f"--tile {tile}: this model needs a multiple of {model.unit}, at least {2 * model.unit}")
 
 
 def latent_size(model: CDiffSET, height: int, width: int) -> tuple[int, int]:
@@ -140,7 +155,7 @@ def latent_size(model: CDiffSET, height: int, width: int) -> tuple[int, int]:
 
 
 def count_tiles(model: CDiffSET, height: int, width: int, tile: int, steps: int, samples: int) -> int:
-    """How many tiles `translate_scene` reports to `progress`: encoded, for each step, and decoded."""
+    """How many tiles `translate_scene` reports to `progress`: encoded, in each step, and decoded."""
     rows, columns = (len(starts(size, tile // model.vae.factor)) for size in latent_size(model, height, width))
     return rows * columns * (1 + samples * (steps + 1))
 
@@ -158,8 +173,10 @@ def starts(size: int, tile: int) -> list[int]:
 
 
 def tile_weights(size: int, tile: int, scale: int = 1) -> list[Tensor]:
-    """The weight of each tile along an axis, (tile * scale,) each: rising and falling as a sine squared over a
-    quarter of the tile, and divided by the sum of all tiles' weights there, so that the blend is an average.
+    """The weight of each tile along an axis, (tile * scale,) each.
+
+    It rises and falls as a sine squared over a quarter of the tile, and is divided by the sum of all tiles' weights
+    there, so that the blend is an average.
     """
     begin, length = [start * scale for start in starts(size, tile)], min(tile, size) * scale
     ramp = max(1, tile // 4) * scale
@@ -184,8 +201,8 @@ def blend(
 
     compute([(sample, rows, columns), ...]) gives (B, C, rows * scale, columns * scale), for up to `batch` tiles.
     Yields (rows, columns, values (samples, C, rows * scale, columns * scale)): the parts of the plane, from top to
-    bottom and left to right, as soon as no tile to come reaches them. What tiles below will share is kept in
-    `below`, what the next tile to the right will share in `beside`.
+    bottom and left to right, as soon as no later tile reaches them. `below` keeps what tiles of the next row share
+    with this row; `beside` keeps what the next tile to the right shares with this tile.
     """
     tops, lefts = starts(height, tile), starts(width, tile)
     down, across = tile_weights(height, tile, scale), tile_weights(width, tile, scale)
@@ -193,7 +210,7 @@ def blend(
     for top, bottom, weight in zip(tops, [*tops[1:], height], down):
         rows = slice(top, min(top + tile, height))
         tiles = [(n, rows, slice(left, min(left + tile, width))) for left in lefts for n in range(samples)]
-        computed = chain.from_iterable(compute(some).float() for some in chunks(tiles, batch))
+        computed = chain.from_iterable(compute(group).float() for group in chunks(tiles, batch))
         done, beside = (bottom - top) * scale, None
         for left, right, weight_x in zip(lefts, [*lefts[1:], width], across):
             values = torch.stack(list(islice(computed, samples)))
@@ -211,14 +228,11 @@ def blend(
         carried = values.shape[2] - done
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Numbers on disk
-
-
 class OnDisk:
-    """Samples of float32 numbers (channels, height, width) in a temporary file without a name: it vanishes with its
-    process, however that ends. (A memory map would count as memory in use, and crash the process when the disk is
-    full.)
+    """Samples of float32 numbers (channels, height, width) in a temporary file without a name.
+
+    The file vanishes with its process, however that ends. (A memory map would count as memory in use, and would crash
+    the process when the disk is full.)
     """
 
     def __init__(self, folder: Path | None, channels: int, height: int, width: int):
@@ -226,7 +240,7 @@ class OnDisk:
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
 
     def close(self) -> None:
-        """Gives its place on the disk back."""
+        """Frees the disk space."""
         self.file.close()
 
     def read(self, sample: int, rows: slice, columns: slice) -> Tensor:
@@ -237,14 +251,14 @@ class OnDisk:
         return values
 
     def write(self, sample: int, rows: slice, columns: slice, values: Tensor) -> None:
-        """values (channels, rows, columns)"""
+        """values: (channels, rows, columns)."""
         for line in self._lines(sample, rows, columns, values.cpu()):
             self.file.write(line.tobytes())
 
     def append_noise(self, seed: int) -> None:
         """Writes one more sample: the numbers of `initial_noise(seed, (channels, height, width))`.
 
-        They are drawn in chunks, which is the same: torch draws in blocks of 16 (the tests watch over it).
+        Drawing them in chunks gives the same numbers, since torch draws in blocks of 16 (a test checks it).
         """
         generator, left = torch.Generator("cpu").manual_seed(seed), math.prod(self.shape)
         while left:
@@ -259,3 +273,130 @@ class OnDisk:
             for row, line in enumerate(part, rows.start):
                 self.file.seek(4 * ((channel * height + row) * width + columns.start))
                 yield line
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+
+
+class Source:
+    """An opened SAR image: in memory, or read by windows if it is a GeoTIFF. Raises ImageError naming the file.
+
+    placed: it has a place on earth or a no-data value, so that results should be GeoTIFFs, too.
+    notes: one line for each thing that was decided by looking at the file.
+    """
+
+    def __init__(self, path: Path, reading: Reading = Reading()):  # noqa: B008 (a constant)
+        self.path, self.dataset, self.raster, self.placed = path, None, None, False
+        if needs_rasterio(path):
+            self.dataset = file = open_geotiff(path)
+            self.height, self.width = file.shape
+            self.placed = bool(file.crs or file.gcps[0] or file.rpcs or not file.transform.is_identity)
+            self.placed |= file.nodata is not None
+            shrink = max(1.0, max(file.shape) / OVERVIEW)
+            reduced = read_window(file, shape=tuple(round(n / shrink) or 1 for n in file.shape))
+        else:
+            self.raster = read_picture(path)
+            self.height, self.width = self.raster.valid.shape
+            every = math.ceil(max(self.height, self.width) / OVERVIEW)
+            reduced = self.window(slice(None, None, every), slice(None, None, every))
+        self.scale = sar_scale(reduced, reading)
+        self.notes = [*reduced.notes, describe_sar(reduced, self.scale)]
+
+    def window(self, rows: slice, columns: slice) -> Raster:
+        """A part of the image, in the file's own numbers."""
+        if self.raster is None:
+            return read_window(self.dataset, (rows, columns))
+        bands, valid = self.raster.bands[:, rows, columns], self.raster.valid[rows, columns]
+        return self.raster._replace(bands=bands, valid=valid)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """A part of the image as float32 (3, bottom - top, right - left) in [-1, 1]; no-data is -1."""
+        return sar_image(self.window(slice(top, bottom), slice(left, right)), self.scale)
+
+    def mask(self, rows: slice, columns: slice) -> np.ndarray:
+        """Where a part of the image has data: bool (rows, columns)."""
+        return sar_mask(self.window(rows, columns), self.scale)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.dataset is not None:
+            self.dataset.close()
+
+
+# Parts of results at (top, left): "eo" uint8 (rows, columns, 3); "confidence" and "spread" float32 (rows, columns)
+Results = Iterable[tuple[int, int, dict[str, np.ndarray]]]
+
+
+def write_pictures(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
+    """Writes PNGs, transparent where there is no data; confidence from lowest to highest, spread in whole levels."""
+    whole, valid = {}, np.empty((source.height, source.width), bool)
+    for top, left, parts in results:
+        place = slice(top, top + parts["eo"].shape[0]), slice(left, left + parts["eo"].shape[1])
+        valid[place] = source.mask(*place)
+        for kind, part in parts.items():
+            if kind not in whole:
+                whole[kind] = np.empty((*valid.shape, *part.shape[2:]), part.dtype)
+            whole[kind][place] = part
+    with ExitStack() as names:  # all get their names in the end, or none
+        for kind, picture in whole.items():
+            if kind == "confidence":
+                picture[~valid] = picture[valid].min() if valid.any() else 0  # its range is that of valid pixels
+                picture = confidence_picture(torch.from_numpy(picture)[None])
+            elif kind == "spread":
+                picture = picture.round().clip(0, 255).astype(np.uint8)
+            if not valid.all():
+                picture = np.dstack([picture, np.where(valid, 255, 0).astype(np.uint8)])
+            write_png(names.enter_context(atomic(paths[kind])), picture, about)
+
+
+def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], about: dict[str, str]) -> None:
+    """Writes GeoTIFFs with the place of the input, part by part.
+
+    No-data: the EO image has an internal mask, since 0 is a colour. The others keep the input's no-data value, or have
+    NaN if it has none or if a result could have that value.
+    """
+    import rasterio
+
+    given = source.dataset
+    common = {
+        "driver": "GTiff", "width": source.width, "height": source.height, "crs": given.crs, "tiled": True,
+        "blockxsize": 128, "blockysize": 128, "compress": "deflate", "bigtiff": "if_safer",
+        "transform": None if given.transform.is_identity else given.transform,
+    }  # fmt: skip
+    nodata = {"eo": None, "confidence": np.nan, "spread": np.nan}
+    if given.nodata is not None and -3e38 < given.nodata <= 0:  # float32 ends at 3.4e38
+        nodata["confidence"] = given.nodata
+        nodata["spread"] = given.nodata or np.nan  # the spread is 0 where samples agree
+    number = {"dtype": "float32", "count": 1, "predictor": 3}
+    colour = {"dtype": "uint8", "count": 3, "predictor": 2, "photometric": "RGB"}
+    # bytes; enough for the blocks that two rows of tiles share, which would be compressed twice otherwise
+    cache = max(2**25, 2**12 * source.width)
+    with ExitStack() as names, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True, GDAL_CACHEMAX=cache):
+        temporary = {kind: names.enter_context(atomic(path)) for kind, path in paths.items()}
+        try:
+            with ExitStack() as stack:
+                files = {}
+                for kind in paths:
+                    profile = common | (colour if kind == "eo" else number) | {"nodata": nodata[kind]}
+                    files[kind] = file = stack.enter_context(rasterio.open(temporary[kind], "w", **profile))
+                    file.update_tags(**about)
+                    if given.gcps[0]:
+                        file.gcps = given.gcps
+                    if given.rpcs:
+                        file.rpcs = given.rpcs
+                for top, left, parts in results:
+                    rows, columns = parts["eo"].shape[:2]
+                    place = slice(top, top + rows), slice(left, left + columns)
+                    valid = source.mask(*place)
+                    for kind, part in parts.items():
+                        if kind != "eo":
+                            part = np.where(valid, part, np.float32(nodata[kind]))
+                        files[kind].write(np.moveaxis(np.atleast_3d(part), 2, 0), window=place)
+                    files["eo"].write_mask(np.where(valid, 255, 0).astype(np.uint8), window=place)
+            for path in temporary.values():  # GDAL reports no error if the disk fills up when it closes a file
+                with rasterio.open(path) as file:
+                    for _, window in file.block_windows(1):
+                        file.read(window=window)
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise OSError(f"cannot write {str(paths['eo'])!r} and its like (is the disk full?): {error}") from error
