@@ -1,123 +1,112 @@
-"""The paper's claims, and what to hold against them, each as a command that ends in a small table and a plot.
+"""Checks the paper's claims on the synthetic dataset. Each command writes a table with the mean over several seeds.
 
-    vae         one VAE holds SAR and EO images in one latent space, also under speckle
-    trainings   starting from the pretrained network beats starting from scratch; C-Diff beats plain L2, where the two
-                images disagree and elsewhere; beside them the same network painting the EO image in one pass (L1)
-    steps       how quality grows with the number of denoising steps, by their spacing; and the time
+    python -m experiments.claims vae
+    python -m experiments.claims trainings --data sen12-synthetic/ --dtype bfloat16 --train-steps 600
+    python -m experiments.claims steps --data sen12-synthetic/ --limit 24
 
-    python claims.py trainings --data sen12-synthetic/ --base models/small-base
+vae         SAR and EO images share one latent space, also under speckle: reconstruction and latent statistics by looks.
+trainings   Pretrained U-Net against random weights, C-Diff against L2; beside them, the same network trained to give
+            the EO latent in one pass (L1), the mean of several samples, and the colour look-up.
+steps       Quality and time by the number of sampling steps and their spacing.
 
-Trainings are kept in --runs, and the same command goes on where it was stopped. All see the same pairs (the split of
-seed 0, by which pretrain.py made the base model); seeds change their order, crops and noise. All are scored on the same
-held-out pairs with the same noise. Written to --out: claims-NAME.json (each seed), claims-NAME.md (mean and standard
-deviation over the seeds) and .png.
+Trainings are kept in --runs; the same command continues them. All use the same pairs and start from --base, which
+experiments.pretrain writes; the seed changes the order of the pairs, crops and noise. All are scored on the same
+held-out pairs with the same noise. Writes claims-NAME.json (the values of each seed) and claims-NAME.md to --out, and a
+plot of the trainings.
 """
 
 import argparse
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-from cdiffset import CDiffSET
-from checkpoint import read_table
+import train
+from cdiffset import CDiffSET, add_variance_channel, denoise
+from checkpoint import read_table, run_folder
 from common import DEVICE_HELP, Parser, atomic, choose_device, positive, run, seed_number, write_json
-from data import Pair, dataset_name, evenly, find_pairs, held_out_pairs, split_pairs
+from data import (
+    Pair,
+    PairDataset,
+    dataset_name,
+    decide_reading,
+    evenly,
+    find_pairs,
+    held_out_pairs,
+    read_batches,
+    read_center,
+    split_pairs,
+)
 from experiments import synth
-from experiments.report import BLUE, GREEN, GREY, ORANGE, Series, lines, markdown, origin, plot, pyplot
-from experiments.study import ARMS, BATCH, painter, prediction_error, score, trained, translator
-from metrics import psnr
+from experiments.land_cover import land_cover_agreement
+from experiments.report import BLUE, GREEN, ORANGE, origin, plot, pyplot
+from images import Reading, to_uint8
+from metrics import look_up, psnr
 from sample import load_model
-from yardsticks import look_up
+from train import MEASURED_AT, fit, objective, precision
+from unet import UNet
+from weights import network_digest
 
-LOOKS = {8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 look"}
-CLEAN = 10_000  # looks: next to no speckle
-ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: none that the model was trained on
+LOOKS = {10_000: "no speckle", 8: "8 looks", 4: "4 looks", 2: "2 looks", 1: "1 look"}
+ANOTHER_COUNTRY = 1_000_000  # added to the seed of scenes: no model was trained on these
 STEPS = (1, 2, 4, 10, 25, 50)
-SAMPLES = 4  # translations whose mean stands beside one
-
-QUALITY = {"psnr": "PSNR, dB ↑", "ssim": "SSIM ↑", "scc": "SCC ↑", "land_cover": "land cover agreement ↑"}
-TITLES = {  # the columns of each table
-    "vae": {
-        "psnr_eo": "PSNR of EO, dB ↑",
-        "psnr_sar": "PSNR of SAR, dB ↑",
-        "psnr_clean": "SAR to its clean image, dB ↑",
-        "psnr_speckled": "the same, before the VAE, dB",
-        "distance": "distance SAR-EO ↓",
-        "correlation": "correlation to clean SAR ↑",
-    },
-    "trainings": QUALITY
-    | {
-        "rmse_unchanged": "RMSE, unchanged ↓",
-        "rmse_sar_only": "RMSE, only in SAR ↓",
-        "rmse_eo_only": "RMSE, only in EO ↓",
-        "prediction_error": "prediction error ↓",
-    },
-    "steps": QUALITY | {"seconds": "seconds an image ↓"},
+SAMPLES = 4  # translations that are averaged
+BATCH = 16  # pairs, in training and scoring
+LR = 6e-4  # the highest learning rate
+VALIDATIONS, VALIDATED = 10, 32  # of a training, and the pairs of each
+CHANGES = {"RMSE, unchanged ↓": 0, "RMSE, only in SAR ↓": 1, "RMSE, only in EO ↓": 2}  # values of the change masks
+METRICS = {"psnr": "PSNR, dB ↑", "ssim": "SSIM ↑", "scc": "SCC ↑"}
+ARMS = {  # name: (title, starts from the pretrained U-Net, loss)
+    "cdiff": ("C-Diff, pretrained", True, "cdiff"),
+    "scratch": ("C-Diff, from scratch", False, "cdiff"),
+    "mse": ("L2, pretrained", True, "mse"),
+    "regression": ("direct regression (L1), pretrained", True, "l1"),
 }
 
-Scores = dict[str, dict[str, list[float]]]  # {row of the table: {metric: a value for each seed}}
+Scores = dict[str, dict[str, list[float]]]  # {row of the table: {column: the value of each seed}}
+Make = Callable[[Tensor, range], Tensor]  # SAR images (B, 3, H, W) and their numbers -> EO images, both in [-1, 1]
 
 
 def collect(results: Scores, row: str, scores: dict[str, float]) -> None:
     """Adds the scores of a seed to a row of the table."""
-    for metric, value in scores.items():
-        results.setdefault(row, {}).setdefault(metric, []).append(value)
+    for column, value in scores.items():
+        results.setdefault(row, {}).setdefault(column, []).append(value)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The VAE
 
 
+@torch.inference_mode()
 def vae(args: argparse.Namespace) -> Scores:
-    """Reconstructions and latents of scenes drawn with more or less speckle; --limit scenes a seed.
-
-    The floor is the distance between two halves of the EO images.
-    """
+    """Reconstructions and latents of --limit scenes a seed. "floor": the distance between two halves of EO images."""
     model, results = CDiffSET.from_pretrained(args.base).to(args.device), {}
     for seed in args.seeds:
-        for looks, name in tqdm({CLEAN: "no speckle", **LOOKS}.items(), desc=f"seed {seed}", unit="level"):
+        for looks, row in tqdm(LOOKS.items(), desc=f"seed {seed}", unit="level"):
             scenes = [synth.draw(ANOTHER_COUNTRY + seed, scene, 0, args.size, looks) for scene in range(args.limit)]
             sar = torch.from_numpy(np.stack([s.sar for s in scenes]))[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
             eo = torch.from_numpy(np.stack([s.eo for s in scenes])).movedim(-1, 1) / 127.5 - 1
-            (z_sar, again), (z_eo, again_eo) = reconstruct(model, sar), reconstruct(model, eo)
-            collect(results, name, {"psnr_eo": decibels(again_eo, eo), "psnr_sar": decibels(again, sar)})
-            if looks == CLEAN:  # the first
+            z_sar, z_eo = (torch.cat([model.encode(x).float() for x in images.split(BATCH)]) for images in (sar, eo))
+            sar_again, eo_again = (
+                torch.cat([model.decode(x).float().clamp(-1, 1).cpu() for x in z.split(BATCH)]) for z in (z_sar, z_eo)
+            )
+            scores = {"PSNR of EO, dB ↑": decibels(eo_again, eo), "PSNR of SAR, dB ↑": decibels(sar_again, sar)}
+            if row == "no speckle":  # the first
                 clean, z_clean = sar, z_sar
             else:
-                collect(results, name, {"psnr_clean": decibels(again, clean), "psnr_speckled": decibels(sar, clean)})
-                collect(results, name, {"correlation": correlation(z_sar, z_clean)})
-            collect(results, name, {"distance": frechet(z_sar, z_eo)})
-        collect(results, "floor", {"distance": frechet(z_eo[::2], z_eo[1::2])})
+                scores["SAR to its clean image, dB ↑"] = decibels(sar_again, clean)
+                scores["the same, before the VAE, dB"] = decibels(sar, clean)
+                scores["correlation to clean SAR ↑"] = correlation(z_sar, z_clean)
+            collect(results, row, scores | {"distance SAR-EO ↓": frechet(z_sar, z_eo)})
+        collect(results, "floor", {"distance SAR-EO ↓": frechet(z_eo[::2], z_eo[1::2])})
     return results
-
-
-def draw_vae(_args: argparse.Namespace, results: Scores, picture: Path) -> None:
-    """Reconstruction, distance and correlation by the number of looks."""
-
-    def line(metric: str, colour: str, style: str = "-") -> Series:
-        return Series(list(LOOKS), [results[name][metric] for name in LOOKS.values()], colour, style)
-
-    floor = Series(list(LOOKS), [float(np.mean(results["floor"]["distance"]))] * len(LOOKS), GREY, "--")
-    quality = {"EO": line("psnr_eo", BLUE), "SAR": line("psnr_sar", ORANGE)}
-    quality |= {"SAR to clean": line("psnr_clean", GREEN), "no VAE, to clean": line("psnr_speckled", GREY, "--")}
-    distances = {"SAR to EO": line("distance", ORANGE), "EO to EO": floor}
-    with plot(picture, 3) as (left, middle, right):
-        lines(left, "reconstruction", "looks", "PSNR, dB", quality, "x", columns=2)
-        lines(middle, "latent statistics", "looks", "Fréchet distance", distances, "x")
-        lines(right, "latents of SAR", "looks", "correlation to clean", {"": line("correlation", ORANGE)}, "x")
-
-
-@torch.inference_mode()
-def reconstruct(model: CDiffSET, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The latents and the reconstructions of images (N, 3, H, W) in [-1, 1], both on the CPU."""
-    z = [model.encode(x).float() for x in images.split(BATCH)]
-    return torch.cat(z).cpu(), torch.cat([model.decode(x).float().clamp(-1, 1).cpu() for x in z])
 
 
 def decibels(image: Tensor, truth: Tensor) -> float:
@@ -126,55 +115,181 @@ def decibels(image: Tensor, truth: Tensor) -> float:
 
 
 def frechet(z: Tensor, other: Tensor) -> float:
-    """Fréchet distance of two sets of latents (N, C, h, w), each channel taken as a Gaussian, independent of the
-    others: the sum of the squared differences of their means and standard deviations.
+    """Fréchet distance of two sets of latents (N, C, h, w), as Gaussians with independent channels:
+    the sum over the channels of the squared differences of mean and standard deviation.
     """
     (m, s), (n, t) = ((x.mean(dim=(0, 2, 3)), x.std(dim=(0, 2, 3))) for x in (z, other))
     return float(((m - n) ** 2 + (s - t) ** 2).sum())
 
 
 def correlation(z: Tensor, other: Tensor) -> float:
-    """Pearson's correlation of two sets of latents (N, C, h, w), channel by channel; the mean of the channels."""
+    """Pearson correlation of two sets of latents (N, C, h, w): the mean over the channels."""
     a, b = (x.movedim(1, 0).flatten(1) for x in (z, other))
     return float(F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean())
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Scores of images
+
+
+def in_batches(pairs: list[Pair], args: argparse.Namespace) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """The pairs' numbers, and central crops of their SAR and EO images (B, 3, size, size)."""
+    return read_batches(lambda i: read_center(pairs[i], args.size, args.reading), len(pairs), BATCH)
+
+
+@torch.inference_mode()
+def score(pairs: list[Pair], make: Make, args: argparse.Namespace) -> dict[str, float]:
+    """Mean metrics of the images that `make` makes of the pairs. With change masks, also the RMSE in levels of 0..255
+    over the pixels of each kind, in all images together; with class masks, the land cover agreement. The seconds are
+    those of the fastest batch, which other programs disturbed least.
+    """
+    rows, squares, took = [], defaultdict(list), []
+    for numbers, sar, eo in in_batches(pairs, args):
+        began = time.perf_counter()
+        with precision(args.device, args.dtype):
+            made = make(sar, numbers).float().clamp(-1, 1).cpu()
+        took.append((time.perf_counter() - began) / len(sar))
+        errors = np.square(127.5 * (made - eo).numpy()).mean(axis=1)
+        for i, image, error, row in zip(numbers, made, errors, evaluate.score(made, eo)):
+            rows.append({title: row[metric] for metric, title in METRICS.items()})
+            if synth.mask_path(pairs[i], "class"):
+                classes = synth.read_mask(pairs[i], "class", args.size)
+                rows[-1]["land cover agreement ↑"] = land_cover_agreement(to_uint8(image), classes)
+            if synth.mask_path(pairs[i], "change"):
+                change = synth.read_mask(pairs[i], "change", args.size)
+                for title, kind in CHANGES.items():
+                    squares[title].append(error[change == kind])
+    squares = {title: np.concatenate(values) for title, values in squares.items()}
+    rmse = {title: float(np.sqrt(values.mean(dtype=np.float64))) for title, values in squares.items() if len(values)}
+    return evaluate.means(rows) | rmse | {"seconds an image ↓": min(took)}
+
+
+def translator(model: CDiffSET, steps: int = 10, spacing: str = "trailing", samples: int = 1, first: int = 0) -> Make:
+    """Makes the mean of several translations. Each image and sample has its own seed, from `first` up."""
+
+    def make(sar: Tensor, numbers: range) -> Tensor:
+        seeds = [[first + i * samples + k for i in numbers] for k in range(samples)]
+        return torch.stack([model.translate(sar, steps, seed, spacing)[0] for seed in seeds]).mean(dim=0)
+
+    return make
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Trainings
 
-MEAN_OF_SAMPLES, LOOK_UP = f"C-Diff, pretrained, mean of {SAMPLES} samples", "colour look-up"
+
+def start(name: str, seed: int, base: Path) -> CDiffSET:
+    """The model that an arm starts from: the VAE of the base, and its U-Net or one with random weights of the seed."""
+    _, pretrained, loss = ARMS[name]
+    model = CDiffSET.from_pretrained(base, variance_channel=False)
+    if not model.from_base:
+        raise ValueError(f"{base} is a C-DiffSET model: --base must be a base model, which experiments.pretrain writes")
+    if not pretrained:
+        torch.manual_seed(seed)
+        model.unet = UNet(**model.unet.config)
+    if loss == "cdiff":
+        add_variance_channel(model.unet)
+    return model.eval()
+
+
+def regress(unet: nn.Module, model: CDiffSET, sar: Tensor) -> Tensor:
+    """The EO latent (B, 4, h, w) of SAR images (B, 3, H, W) in one pass at timestep 0, with the SAR latent as both
+    inputs of the U-Net.
+    """
+    with torch.no_grad():
+        z_sar = model.encode(sar).float()
+    return denoise(unet, z_sar, z_sar, 0, model.prompt_embedding)[0].float()
+
+
+def painter(model: CDiffSET) -> Make:
+    """Makes the images of the regression."""
+    return lambda sar, _: model.decode(regress(model.unet, model, sar))
+
+
+def regression_loss(model: CDiffSET) -> train.Loss:
+    """The mean absolute error of the EO latent, as `fit` expects it."""
+
+    def loss(unet: nn.Module, batch: list[Tensor], _positions: list[int]) -> Tensor:
+        sar, eo = (x.to(model.device) for x in batch)
+        with torch.no_grad():
+            z_eo = model.encode(eo).float()
+        return F.l1_loss(regress(unet, model, sar), z_eo)
+
+    return loss
+
+
+@torch.inference_mode()
+def prediction_error(model: CDiffSET, regression: bool, pairs: list[Pair], args: argparse.Namespace) -> float:
+    """The mean squared error of the prediction at four timesteps, with the same noise for all models.
+
+    Of the regression: the mean absolute error of the latent.
+    """
+    errors = []
+    for numbers, sar, eo in in_batches(pairs, args):
+        with precision(args.device, args.dtype):
+            z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
+            if regression:
+                errors.append((regress(model.unet, model, sar) - z_eo).abs().mean(dim=(1, 2, 3)))
+            else:
+                squared = [model.noise_error(z_sar, z_eo, t, numbers)[0] for t in MEASURED_AT]
+                errors.append(torch.stack(squared).mean(dim=(0, 2, 3, 4)))
+    return float(torch.cat(errors).mean())
+
+
+def trained(name: str, seed: int, training: list[Pair], held_out: list[Pair], args: argparse.Namespace) -> CDiffSET:
+    """Trains an arm in --runs/NAME-SEED, or continues or reads its training there. Exits if a signal stops it."""
+    *_, kind = ARMS[name]
+    model = start(name, seed, args.base).to(args.device)
+    model.vae.requires_grad_(False)
+    options = vars(train.parse(["--data", args.data])) | {
+        "out": args.runs / f"{name}-{seed}", "steps": args.train_steps, "batch_size": BATCH, "lr": LR,
+        "dtype": args.dtype, "seed": seed, "workers": 0, "save_every": 250, "resume": True,
+        "validate_every": max(1, args.train_steps // VALIDATIONS),
+    }  # fmt: skip
+    identity = {"data": args.data_name, "size": args.size, "limit": args.limit, "arm": name}
+    identity |= {"vae": network_digest(model.vae), "first weights": network_digest(model.unet)}
+    few = evenly(held_out, VALIDATED)
+
+    def validate(_step: int) -> dict[str, float]:
+        error = prediction_error(model, kind == "l1", few, args)
+        return {"score": -error, "error": error}
+
+    loss = regression_loss(model) if kind == "l1" else objective(model, kind, seed, cached=False)
+    samples, options = PairDataset(training, args.size, seed, reading=args.reading), argparse.Namespace(**options)
+    with run_folder(options, identity) as settings:
+        code = fit(model.unet, loss, samples, options, settings, validate)
+    if code:
+        raise SystemExit(code)
+    return model.eval()
 
 
 def trainings(args: argparse.Namespace) -> Scores:
-    """Trains and scores all arms, all seeds; beside them the mean of several samples, and the colour look-up."""
+    """Trains and scores all arms with all seeds."""
     found, results = find_pairs(args.data), {}
-    train, test = split_pairs(found.pairs)
-    held_out, args.data_name = evenly(test, args.limit), dataset_name(found, args.data)
-    for name, arm in ARMS.items():
+    split = split_pairs(found.pairs)
+    args.reading, _ = decide_reading(split.train, Reading())
+    held_out, args.data_name = evenly(split.test, args.limit), dataset_name(found, args.data)
+    for name, (title, _, kind) in ARMS.items():
         for seed in args.seeds:
-            model = trained(name, seed, train, held_out, args)
-            if arm.loss == "l1":
-                collect(results, arm.title, score(held_out, painter(model), args))
+            model = trained(name, seed, split.train, held_out, args)
+            if kind == "l1":
+                collect(results, title, score(held_out, painter(model), args))
                 continue
-            collect(results, arm.title, score(held_out, translator(model), args))
-            collect(results, arm.title, {"prediction_error": prediction_error(model, arm, held_out, args)})
+            collect(results, title, score(held_out, translator(model), args))
+            collect(results, title, {"prediction error ↓": prediction_error(model, False, held_out, args)})
             if name == "cdiff":
-                collect(results, MEAN_OF_SAMPLES, score(held_out, translator(model, samples=SAMPLES), args))
-    _, colours = evaluate.training_colours(train)
-    collect(results, LOOK_UP, score(held_out, lambda sar, _: look_up(colours, sar), args))
-    return results
-
-
-def draw_trainings(args: argparse.Namespace, _results: Scores, picture: Path) -> None:
-    """How the error of the prediction falls while they learn."""
-    curves = {}
-    for name, arm in ARMS.items():
-        if arm.loss != "l1":  # whose error is another one
+                averaged = score(held_out, translator(model, samples=SAMPLES), args)
+                collect(results, f"{title}, mean of {SAMPLES} samples", averaged)
+    _, colours = evaluate.training_colours(split.train, args.reading)
+    collect(results, "colour look-up", score(held_out, lambda sar, _: look_up(colours, sar), args))
+    with plot(args.out / "claims-trainings.png", "training step", "error of the prediction, held-out pairs") as axes:
+        for name, colour in (("cdiff", BLUE), ("scratch", ORANGE), ("mse", GREEN)):
             logs = [read_table(args.runs / f"{name}-{seed}" / "validation.csv") for seed in args.seeds]
-            errors = [[row["error"] for row in rows] for rows in zip(*logs)]
-            curves[arm.title] = Series([row["step"] for row in logs[0]], errors, arm.colour)
-    with plot(picture, 1) as (axes,):
-        lines(axes, "", "training step", "error of the prediction", curves, columns=len(curves))
+            errors = np.array([[row["error"] for row in log] for log in logs])
+            spread = errors.std(axis=0, ddof=1) if len(errors) > 1 else None
+            look = {"fmt": "-o", "markersize": 4, "capsize": 2, "color": colour, "label": ARMS[name][0]}
+            axes.errorbar([row["step"] for row in logs[0]], errors.mean(axis=0), spread, **look)
+    return results
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -182,61 +297,27 @@ def draw_trainings(args: argparse.Namespace, _results: Scores, picture: Path) ->
 
 
 def steps(args: argparse.Namespace) -> Scores:
-    """Quality of --model's translations by steps and spacing; the seeds are of the noise."""
+    """Quality of the translations of --model by steps and spacing; the seeds are those of the noise."""
     model, results = load_model(args.model, args.device), {}
-    held_out = evenly(held_out_pairs(find_pairs(args.data).pairs, args.model)[1], args.limit)
+    split, _ = held_out_pairs(find_pairs(args.data).pairs, args.model)
+    args.reading, _ = decide_reading(split.train, Reading(**model.trained_on))
+    held_out = evenly(split.test, args.limit)
     for spacing in ("leading", "trailing"):
         for number in tqdm(STEPS, desc=spacing):
             for seed in args.seeds:
-                collect(results, f"{spacing}, {number}", score_steps(model, held_out, number, spacing, seed, args))
+                make = translator(model, number, spacing, first=seed * len(held_out))
+                collect(results, f"{spacing}, {number}", score(held_out, make, args))
     return results
-
-
-def score_steps(
-    model: CDiffSET, pairs: list[Pair], number: int, spacing: str, seed: int, args: argparse.Namespace
-) -> dict[str, float]:
-    """The scores with one setting, and the seconds an image took in the fastest batch, the least disturbed."""
-    translate, took = translator(model, number, spacing, first=seed * len(pairs)), []
-
-    def make(sar: Tensor, numbers: range) -> Tensor:
-        began = time.perf_counter()
-        made = translate(sar, numbers).cpu()
-        took.append((time.perf_counter() - began) / len(sar))
-        return made
-
-    return score(pairs, make, args) | {"seconds": min(took)}
-
-
-def draw_steps(_args: argparse.Namespace, results: Scores, picture: Path) -> None:
-    """Three metrics by the number of steps. One leading step is left out: it would flatten all that the rest says."""
-    shown = {"leading": (STEPS[1:], BLUE), "trailing": (STEPS, ORANGE)}
-    metrics = [metric for metric in ("psnr", "ssim", "land_cover") if metric in results[f"leading, {STEPS[0]}"]]
-    with plot(picture, len(metrics)) as panels:
-        for axes, metric in zip(panels, metrics):
-            series = {
-                spacing: Series(numbers, [results[f"{spacing}, {number}"][metric] for number in numbers], colour)
-                for spacing, (numbers, colour) in shown.items()
-            }
-            lines(axes, "", "denoising steps", QUALITY[metric], series, "x", columns=2)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The program
 
-CLAIMS = {"vae": (vae, draw_vae), "trainings": (trainings, draw_trainings), "steps": (steps, draw_steps)}
-
 
 def cell(values: list[float]) -> str:
-    """The mean, and the standard deviation over the seeds where there are several."""
+    """The mean, and with several seeds the standard deviation."""
     mean, digits = float(np.mean(values)), 2 if abs(np.mean(values)) >= 10 else 3
     return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
-def table(results: Scores, titles: dict[str, str]) -> str:
-    """Markdown, of the metrics in `titles` that were measured; what a row was not measured for stays empty."""
-    rows = {name: {titles[m]: cell(row[m]) for m in titles if m in row} for name, row in results.items()}
-    columns = [title for title in titles.values() if any(title in row for row in rows.values())]
-    return markdown("", rows, columns)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -244,31 +325,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("claim", choices=CLAIMS, help="which one, see above")
+    add("claim", choices=("vae", "trainings", "steps"), help="which claim, see above")
     add("--data", metavar="DIR", help="a dataset in any layout that train.py knows (not for vae, which draws scenes)")
     add("--base", type=Path, default="models/small-base", metavar="DIR",
-        help="the base model, as pretrain.py writes (default: %(default)s)")
+        help="base model, for vae and trainings (default: %(default)s)")
     add("--model", type=Path, default="models/tiny", metavar="DIR",
-        help="the C-DiffSET model whose steps are counted (default: %(default)s)")
+        help="C-DiffSET model, for steps (default: %(default)s)")
     add("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add("--train-steps", type=positive, default=500, metavar="N", help="of each training (default: %(default)s)")
-    add("--batch-size", type=positive, default=16, metavar="N", help="pairs a training step (default: %(default)s)")
-    add("--lr", type=float, default=6e-4, help="peak learning rate (default: %(default)s)")
     add("--size", type=positive, metavar="N",
-        help="side of the crops, or of the drawn scenes, in pixels (default: 64 where networks are trained, else 128)")
+        help="side of the crops or scenes in pixels (default: 64 for trainings, else 128)")
     add("--limit", type=positive, metavar="N",
-        help="held-out pairs to score, or scenes to draw a seed (default: 256 where networks are trained, else 64)")
+        help="held-out pairs to score, or scenes to draw for each seed (default: 256 for trainings, else 64)")
     add("--runs", type=Path, default="runs/claims", metavar="DIR", help="where trainings go (default: %(default)s)")
     add("--out", type=Path, default="results", metavar="DIR", help="where results go (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the arithmetic of trainings, and of what trainings and steps score (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic (default: %(default)s)")
     add("--device", help=DEVICE_HELP)
     # fmt: on
     args = parser.parse_args(arguments)
     if args.data is None and args.claim != "vae":
         parser.error("--data is needed")
-    if args.limit == 1 and args.claim == "vae":
-        parser.error("--limit must be 2 or more: two halves of the scenes are compared")
     size, limit = (64, 256) if args.claim == "trainings" else (128, 64)
     args.size, args.limit = args.size or size, args.limit or limit
     return args
@@ -278,23 +354,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Checks a claim; returns the exit code."""
     args = parse(arguments)
     args.device = choose_device(args.device)
-    pyplot()  # now, rather than after an hour, if it is not there
+    pyplot()  # now, rather than after an hour of training, if it is missing
+    source = origin("claims", arguments, args)
+    results = {"vae": vae, "trainings": trainings, "steps": steps}[args.claim](args)
     stem = args.out / f"claims-{args.claim}"
-    source = origin("claims.py", arguments, args)
-    measure, draw = CLAIMS[args.claim]
-    results = measure(args)
-    draw(args, results, stem.with_suffix(".png"))
     write_json(stem.with_suffix(".json"), source | {"results": results})
+    columns = dict.fromkeys(column for row in results.values() for column in row)
+    rows = {name: {column: cell(values) for column, values in row.items()} for name, row in results.items()}
+    table = evaluate.markdown("", rows, columns)
     what = "scenes a seed" if args.claim == "vae" else "held-out pairs at most"
-    notes = f"{args.limit} {what} of {args.size} pixels"
-    if len(args.seeds) > 1:
-        notes += f"; mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}"
-    about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
-    rows = table(results, TITLES[args.claim])
+    note = f"{args.limit} {what} of {args.size} pixels; mean ± standard deviation over the seeds {args.seeds}. "
+    note += f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
     with atomic(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{rows}\n{notes}. {about}\n", encoding="utf-8")
-    print(rows, end="")
-    print(f"wrote {stem}.json, .md and .png")
+        temporary.write_text(f"{table}\n{note}\n", encoding="utf-8")
+    print(f"{table}wrote {stem}.json and .md")
     return 0
 
 

@@ -1,14 +1,14 @@
-"""Makes a small stand-in for Stable Diffusion, from nothing: what `train.py --model` then starts from.
+"""Trains a small stand-in for Stable Diffusion from random weights, as a model that train.py can start from.
 
-    1. a small VAE on SAR and EO images alike (the role of SD's VAE), and its scaling factor, measured;
-    2. a small unconditional U-Net on the EO latents (the role of SD's U-Net: 4 channels in, 4 out), with a
-       fixed random embedding in place of a text encoder's;
-    3. both in a diffusers folder. From here everything goes as with the real weights, channel surgery included.
+    python -m experiments.synth sen12-synthetic/ --pairs 20000 --size 128
+    python -m experiments.pretrain --data sen12-synthetic/ --out models/small-base
+    python train.py --data sen12-synthetic/ --model models/small-base --size 128
 
-    python synth.py sen12-synthetic/ --pairs 20000 --size 128
-    python pretrain.py --data sen12-synthetic/ --out models/small-base
+1. A small VAE, trained on SAR and EO images; its scaling factor is measured.
+2. A small unconditional U-Net, trained on EO latents, with 4 channels in and out as in Stable Diffusion. A fixed random
+   embedding takes the place of the prompt's.
 
-For real data there is nothing to pretrain: fine-tune Stable Diffusion with `train.py`.
+Both are written as a diffusers folder. Fine-tuning then works as with the real weights, channel surgery included.
 """
 
 import argparse
@@ -19,25 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import train
 from cdiffset import CDiffSET
 from checkpoint import run_folder
 from common import DEVICE_HELP, Parser, choose_device, positive, run, seed_number
-from data import PairDataset, dataset_name, describe, find_pairs, read_center, split_pairs
-from train import fit, sample_noise
+from data import PairDataset, dataset_name, decide_reading, describe, find_pairs, read_center, split_pairs
+from images import Reading
 from scheduler import DDPMScheduler
+from train import fit, sample_noise
 from unet import UNet
 from vae import AutoencoderKL
 
-TOKENS, CONTEXT = 6, 64  # shape of the prompt embedding; 6 tokens as with SD
-GROUPS = 8  # of the GroupNorms: SD's 32 would leave narrow layers a channel or less a group
+TOKENS, CONTEXT = 6, 64  # shape of the prompt embedding; 6 tokens as with Stable Diffusion
+GROUPS = 8  # of GroupNorm: Stable Diffusion's 32 would leave narrow layers one channel in a group
 KL_WEIGHT = 3e-4
-HELD_OUT = 64  # pairs that validation looks at, and that the scaling factor is measured on
-
-Images = list[Tensor]  # SAR and EO, (B, 3, size, size) each
+VALIDATED = 64  # pairs; the scaling factor is measured on them, too
 
 
 def small_vae(widths: list[int]) -> AutoencoderKL:
-    """A VAE of SD's kind with one residual block a level and no attention; its factor is 2^(levels - 1)."""
+    """A VAE of Stable Diffusion's kind with one residual block a level and no attention; factor 2^(levels - 1)."""
     return AutoencoderKL(
         block_out_channels=widths,
         layers_per_block=1,
@@ -48,8 +48,9 @@ def small_vae(widths: list[int]) -> AutoencoderKL:
 
 
 def small_unet(widths: list[int]) -> UNet:
-    """A U-Net of SD's kind, 4 channels in and out, with one residual block a level, and attention at the last one:
-    elsewhere it costs a CPU more time than it is worth.
+    """A U-Net of Stable Diffusion's kind with 4 channels in and out and one residual block a level.
+
+    Attention is at the lowest level only: at the others it costs a CPU too much time.
     """
     down = ["DownBlock2D"] * (len(widths) - 1) + ["CrossAttnDownBlock2D"]
     return UNet(
@@ -65,7 +66,7 @@ def small_unet(widths: list[int]) -> UNet:
 
 
 def vae_loss(image: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """L1 on pixels and on their gradients (edges), and a slight pull of the latents to a standard normal."""
+    """L1 of the pixels and of their gradients, and a weak KL divergence from the standard normal distribution."""
     loss = F.l1_loss(reconstruction, image)
     for axis in (2, 3):
         loss = loss + 0.5 * F.l1_loss(reconstruction.diff(dim=axis), image.diff(dim=axis))
@@ -73,38 +74,40 @@ def vae_loss(image: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor
     return loss + KL_WEIGHT * kl
 
 
-def train_vae(vae: AutoencoderKL, train: PairDataset, test: Images, settings) -> int:
-    """Trains the VAE on both images of each pair; validation gives the PSNR of both. Returns the exit code."""
+def train_vae(
+    vae: AutoencoderKL, samples: PairDataset, test: list[Tensor], args: argparse.Namespace, identity: dict
+) -> int:
+    """Trains the VAE on both images of each pair; validation measures the PSNR of both. Returns the exit code."""
     device = next(vae.parameters()).device
 
-    def loss(vae: nn.Module, batch: Images, positions: list[int]) -> Tensor:
-        image = torch.cat(batch).to(device)  # SAR and EO images, one batch
+    def loss(vae: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
+        image = torch.cat(batch).to(device)  # SAR and EO, (2 B, 3, size, size)
         mean, logvar = vae.encode(image)
-        noise, _ = sample_noise((2, *mean.shape[1:]), settings.seed, positions)
+        noise, _ = sample_noise((2, *mean.shape[1:]), args.seed, positions)
         z = mean + (0.5 * logvar).exp() * noise.transpose(0, 1).flatten(0, 1).to(mean)
         return vae_loss(image, vae.decode(z), mean, logvar)
 
     @torch.inference_mode()
     def validate(_step: int) -> dict[str, float]:
-        metrics, (sar, eo) = {}, test
-        for name, image in (("psnr_eo", eo), ("psnr_sar", sar)):
-            decoded = vae.decode(vae.encode(image.to(device))[0]).clamp(-1, 1).cpu()
-            metrics[name] = -10 * float(((decoded - image).square().mean() / 4).log10())
-        return metrics
+        sar, eo = (vae.decode(vae.encode(image.to(device))[0]).clamp(-1, 1).cpu() for image in test)
+        mse = {"psnr_eo": (eo - test[1]) / 2, "psnr_sar": (sar - test[0]) / 2}
+        return {name: -10 * float(error.square().mean().log10()) for name, error in mse.items()}
 
-    with run_folder(settings):
-        return fit(vae, loss, train, settings, validate)
+    with run_folder(args, identity) as settings:
+        return fit(vae, loss, samples, args, settings, validate)
 
 
-def train_unet(model: CDiffSET, train: PairDataset, test: Images, settings) -> int:
-    """Trains the unconditional U-Net on EO latents with plain L2; the score is minus the validation loss."""
+def train_unet(
+    model: CDiffSET, samples: PairDataset, test: list[Tensor], args: argparse.Namespace, identity: dict
+) -> int:
+    """Trains the unconditional U-Net on EO latents with L2; the score is minus the loss. Returns the exit code."""
     scheduler, context = model.scheduler, model.prompt_embedding
 
-    def loss(unet: nn.Module, batch: Images, positions: list[int]) -> Tensor:
+    def loss(unet: nn.Module, batch: list[Tensor], positions: list[int]) -> Tensor:
         _, eo = batch
         with torch.no_grad():
             z = model.encode(eo.to(context.device)).float()
-        noise, t = (x.to(z.device) for x in sample_noise(z.shape[1:], settings.seed, positions))
+        noise, t = (x.to(z.device) for x in sample_noise(z.shape[1:], args.seed, positions))
         prediction = unet(scheduler.add_noise(z, noise, t), t, context)
         return F.mse_loss(prediction.float(), scheduler.target(z, noise, t))
 
@@ -113,8 +116,8 @@ def train_unet(model: CDiffSET, train: PairDataset, test: Images, settings) -> i
         value = float(loss(model.unet, test, list(range(len(test[0])))))
         return {"score": -value, "loss": value}
 
-    with run_folder(settings):
-        return fit(model.unet, loss, train, settings, validate)
+    with run_folder(args, identity) as settings:
+        return fit(model.unet, loss, samples, args, settings, validate)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -130,18 +133,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--vae-steps", type=positive, default=1600, help="training steps of the VAE (default: %(default)s)")
     add("--unet-steps", type=positive, default=1500, help="training steps of the U-Net (default: %(default)s)")
     add("--vae-widths", type=positive, nargs="+", default=[16, 48, 96], metavar="N",
-        help="channels of the VAE's levels; 3 levels make a factor of 4, SD's 4 levels 8 (default: 16 48 96)")
+        help="channels of the VAE's levels; 3 levels give a factor of 4 (default: 16 48 96)")
     add("--unet-widths", type=positive, nargs="+", default=[64, 128, 192], metavar="N",
         help="channels of the U-Net's levels (default: 64 128 192)")
-    add("--prediction-type", choices=("epsilon", "v_prediction"), default="v_prediction",
-        help="what the U-Net predicts (default: %(default)s, which small networks learn faster than epsilon)")
-    add("--batch-size", type=positive, default=16, help="pairs a step (default: %(default)s)")
+    add("--batch-size", type=positive, default=16, help="pairs in a step (default: %(default)s)")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=1, help="processes that read images (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic (default: %(default)s)")
     add("--device", help=DEVICE_HELP)
     add("--seed", type=seed_number, default=0, help="of split, weights, data order and noise (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--resume", action="store_true", help="continue an interrupted run")
     # fmt: on
     return parser.parse_args(arguments)
 
@@ -150,43 +151,44 @@ def main(arguments: list[str] | None = None) -> int:
     """Trains both networks and writes the folder; returns the exit code."""
     args = parse(arguments)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("pretrain.py runs as one process: start it with python, not torchrun")
+        raise ValueError("pretrain runs as one process: start it with python, not torchrun")
     device = choose_device(args.device)
     found = find_pairs(args.data)
-    print("\n".join(describe(found)))
-    train_pairs, test_pairs = split_pairs(found.pairs, args.seed)
-    test = [torch.stack(images) for images in zip(*(read_center(pair, args.size) for pair in test_pairs[:HELD_OUT]))]
+    split = split_pairs(found.pairs, args.seed)
+    reading, remarks = decide_reading(split.train, Reading())
+    print("\n".join([*describe(found), *split.notes, *remarks]))
+    test = [read_center(pair, args.size, reading) for pair in split.val[:VALIDATED]]
+    test = [torch.stack(images) for images in zip(*test)]
 
-    torch.manual_seed(args.seed)  # of the initial weights; fit draws everything else by position
+    torch.manual_seed(args.seed)  # for the initial weights; `fit` draws everything else by position
     vae, unet = small_vae(args.vae_widths), small_unet(args.unet_widths)
-    embedding = torch.randn(1, TOKENS, CONTEXT)
-    model = CDiffSET(vae, unet, embedding, DDPMScheduler(prediction_type=args.prediction_type))
+    # small networks learn v_prediction faster than epsilon
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    model = CDiffSET(vae, unet, torch.randn(1, TOKENS, CONTEXT), scheduler)
     if args.size % model.unit or args.vae_size % vae.factor:
         raise ValueError(f"--size must be a multiple of {model.unit}, --vae-size of {vae.factor}, for these networks")
-    if device.startswith("cuda"):
-        model.to(memory_format=torch.channels_last)  # slower for narrow networks on a CPU
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last if device.startswith("cuda") else torch.preserve_format)
 
-    common = {
-        "batch_size": args.batch_size, "dtype": args.dtype, "seed": args.seed, "keep": 1, "resume": args.resume,
-        "workers": args.workers, "save_every": args.save_every, "validate_every": 250,
-    }  # fmt: skip
-    about = {"data": dataset_name(found, args.data), "vae": repr(vae.config)}
-    vae_about = about | {"size": args.vae_size}
-    settings = Settings(args.out / ".pretrain" / "vae", args.vae_steps, lr=2e-3, about=vae_about, **common)
-    if code := train_vae(vae, PairDataset(train_pairs, args.vae_size, args.seed), test, settings):
+    options = vars(train.parse(["--data", args.data])) | vars(args) | {"validate_every": 250}
+    identity = {"data": dataset_name(found, args.data), "vae": repr(vae.config), "size": args.vae_size}
+    stage = argparse.Namespace(**options | {"out": args.out / ".pretrain" / "vae", "steps": args.vae_steps, "lr": 2e-3})
+    samples = PairDataset(split.train, args.vae_size, args.seed, reading=reading)
+    if code := train_vae(vae, samples, test, stage, identity):
         return code
     vae.eval().requires_grad_(False)
-    with torch.inference_mode():  # what 0.18215 is for SD's VAE: 1 / standard deviation of the EO latents
+    with torch.inference_mode():  # 1 / standard deviation of the EO latents; 0.18215 for Stable Diffusion
         factor = round(1 / float(vae.encode(test[1].to(device))[0].std()), 5)
     vae.scaling_factor = vae.config["scaling_factor"] = factor
 
-    about |= {"size": args.size, "unet": repr(unet.config), "predicts": args.prediction_type, "scaling_factor": factor}
-    settings = Settings(args.out / ".pretrain" / "unet", args.unet_steps, lr=6e-4, about=about, **common)
-    if code := train_unet(model, PairDataset(train_pairs, args.size, args.seed), test, settings):
+    identity |= {"size": args.size, "unet": repr(unet.config), "scaling_factor": factor}
+    stage = argparse.Namespace(
+        **options | {"out": args.out / ".pretrain" / "unet", "steps": args.unet_steps, "lr": 6e-4}
+    )
+    samples = PairDataset(split.train, args.size, args.seed, reading=reading)
+    if code := train_unet(model, samples, test, stage, identity):
         return code
     model.save_pretrained(args.out)
-    print(f"wrote {args.out} (scaling factor {factor}); next: python train.py --model {args.out}")
+    print(f"wrote {args.out} (scaling factor {factor}); next: python train.py --data {args.data} --model {args.out}")
     return 0
 
 

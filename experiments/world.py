@@ -1,8 +1,8 @@
-"""A small invented country, of which the truth is known: what stands where.
+"""An invented country: decides what stands where, so that the truth about each pixel is known.
 
-    (seed, scene, patch) -> plan -> World, which `synth.py` takes pictures of
+    (seed, scene, patch) -> plan -> World, from which synth.py draws a SAR and an EO image
 
-x runs east, y runs south, a pixel is some 3 metres; points and directions are complex numbers x + iy.
+x points east, y points south, and a pixel is about 3 metres. Points and directions are complex numbers x + iy.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 CLASSES = (
-    # name; colour in EO; backscatter in dB; strength of the crowns, furrows and vigour; its part in the season
+    # name; EO colour; backscatter in dB; texture in dB of tree crowns, furrows, vigour; how much the season changes it
     ("water", (26, 62, 92), -21.5, 0.0, 0.0, 0.0, 0.0),
     ("road", (122, 121, 126), -19.0, 0.0, 0.0, 0.0, 0.0),
     ("sand", (240, 228, 200), -18.0, 0.0, 0.0, 0.0, 0.0),
@@ -29,10 +29,10 @@ CLASSES = (
 WATER, ROAD, SAND, SOIL, MEADOW, WHEAT, RAPESEED, MAIZE, FOREST, GROUND, ROOF, SHIP = range(len(CLASSES))
 NAMES, *COLUMNS = zip(*CLASSES, strict=True)
 COLOURS, DB, CROWNS, FURROWS, VIGOUR, SEASON = (np.array(column, dtype=np.float32) for column in COLUMNS)
-ROOFS = np.array(((178, 92, 70), (150, 152, 158), (84, 80, 84)), dtype=np.float32)  # the colours a roof may have
-AMBIGUOUS = (ROOF,)  # classes whose EO colour no SAR image can tell
+ROOFS = np.array(((178, 92, 70), (150, 152, 158), (84, 80, 84)), dtype=np.float32)  # possible colours of roofs
+AMBIGUOUS = (ROOF,)  # classes whose EO colour does not follow from the SAR image
 
-SEASONS = (  # name; what it adds to the backscatter of plants, dB; gain of their red, green and blue
+SEASONS = (  # name; change of the plants' backscatter in dB; factors of their red, green and blue
     ("ROIs1158_spring", 0.3, (0.94, 1.05, 0.94)),
     ("ROIs1868_summer", 0.6, (1.00, 1.00, 0.95)),
     ("ROIs1970_fall", -0.4, (1.08, 0.97, 0.92)),
@@ -44,26 +44,26 @@ class Objects(NamedTuple):
     outline: np.ndarray  # (N, 5) complex, pixels
     kind: np.ndarray  # (N,) uint8, ROOF or SHIP
     height: np.ndarray  # (N,) float32, pixels
-    corner: np.ndarray  # (N,) float32, the echo of the corner of wall and ground, dB
-    colour: np.ndarray  # (N, 3) float32, in the EO image
-    coin: np.ndarray  # (N,) in [0, 1): the highest exist only in the EO image, the lowest only in the SAR image
+    corner: np.ndarray  # (N,) float32, echo of the corner between wall and ground, dB
+    colour: np.ndarray  # (N, 3) float32, EO colour
+    coin: np.ndarray  # (N,) in [0, 1): the lowest are in the SAR image only, the highest in the EO image only
 
 
-class World(NamedTuple):  # all that both images are drawn from
+class World(NamedTuple):  # what both images are drawn from
     season: int  # index into SEASONS
-    classes: np.ndarray  # (H, W) uint8, land without objects
-    vigour: np.ndarray  # (H, W) float32 in [-1, 1], how well a field does
-    furrows: np.ndarray  # (H, W) complex64, wave vector of its rows
+    classes: np.ndarray  # (H, W) uint8, index into CLASSES, without objects
+    vigour: np.ndarray  # (H, W) float32 in [-1, 1], one value for each field
+    furrows: np.ndarray  # (H, W) complex64, wave vector of the field's rows, radians a pixel
     bridge: np.ndarray  # (H, W) bool
     objects: Objects
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Tools: noise, masks, points, lines
+# Noise, masks, points, lines
 
 
 def noise(rng: np.random.Generator, size: int, cell: float) -> np.ndarray:
-    """Smooth noise (size, size) float32 of about unit variance, whose bumps are `cell` pixels apart."""
+    """Smooth noise (size, size) float32 with a variance of about 1 and a grid spacing of `cell` pixels."""
     n = math.ceil(size / cell) + 3
     grid = Image.fromarray(rng.standard_normal((n, n), dtype=np.float32))
     x, y = rng.uniform(1, 2, 2)
@@ -72,13 +72,13 @@ def noise(rng: np.random.Generator, size: int, cell: float) -> np.ndarray:
 
 
 def blur(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Share of a pixel's neighbourhood (a square) that a mask (H, W) covers, float32 in [0, 1]."""
+    """Box blur: the mean of a mask (H, W) over squares of side 2 radius + 1, float32 in [0, 1]."""
     picture = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(radius))
     return np.asarray(picture, dtype=np.float32) / 255
 
 
 def lattice(rng: np.random.Generator, size: int, cell: float) -> np.ndarray:
-    """Scattered points (N,) complex in and around the picture, one a cell, no two closer than half a cell."""
+    """Random points (N,) complex in and around the image: one in each cell, at least half a cell apart."""
     n = math.ceil(size / cell) + 1
     corner = np.arange(n) * cell - rng.uniform(0, cell)
     x, y = corner + rng.uniform(0.25, 0.75, (2, n, n)) * cell
@@ -86,12 +86,12 @@ def lattice(rng: np.random.Generator, size: int, cell: float) -> np.ndarray:
 
 
 def flat(points: np.ndarray | list[complex]) -> list[float]:
-    """Complex points as the list x, y, x, y, ... that Pillow draws from."""
+    """Complex points as the list x, y, x, y, ... that Pillow expects."""
     return np.array(points).view(float).tolist()
 
 
 def curve(rng: np.random.Generator, size: int, bend: float, wavelength: float) -> list[float]:
-    """A line, `flat`, that crosses the picture and sways to both sides, `bend` radians or so."""
+    """A winding line across the image, as a `flat` list; it turns by about `bend` radians to each side."""
     t = np.arange(-1.5 * size, 1.5 * size, 4.0)
     sway = np.zeros(len(t))
     for length in (wavelength * rng.uniform(0.8, 1.25), wavelength * rng.uniform(0.3, 0.5)):
@@ -105,7 +105,7 @@ def curve(rng: np.random.Generator, size: int, bend: float, wavelength: float) -
 
 
 def draw_fields(rng: np.random.Generator, size: int, area: float, along: complex) -> np.ndarray:
-    """Cuts the picture, along and across a direction, into fields: their numbers (H, W) int32, from 0 up."""
+    """Divides the image into fields by cuts along and across a direction: field numbers (H, W) int32, from 0."""
     picture, number = Image.new("I", (size, size)), 0
     parts = [[0j, complex(size), complex(size, size), complex(0, size)]]  # convex polygons
     while parts:
@@ -117,7 +117,7 @@ def draw_fields(rng: np.random.Generator, size: int, area: float, along: complex
             continue
         turn = along * np.exp(1j * rng.normal(0, 0.1))
         reaches = [[(p * normal.conjugate()).real for p in part] for normal in (turn, 1j * turn)]
-        reach = max(reaches, key=np.ptp)  # the long side is cut
+        reach = max(reaches, key=np.ptp)  # cut the longer side
         cut = min(reach) + np.ptp(reach) * rng.uniform(0.35, 0.65)
         sides = [r - cut for r in reach]
         below, above = [], []
@@ -132,7 +132,7 @@ def draw_fields(rng: np.random.Generator, size: int, area: float, along: complex
 
 
 def draw_water(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
-    """Where the picture is water: bool (size, size)."""
+    """The water mask, bool (size, size)."""
     if kind == "river":
         picture = Image.new("L", (size, size))
         for _ in range(1 + size // 600):
@@ -150,7 +150,7 @@ def draw_water(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
 
 
 def draw_town(rng: np.random.Generator, centre: complex, radius: float, pen: ImageDraw.ImageDraw) -> list[tuple]:
-    """Draws blocks and streets (of a small radius one block is left: a farm); returns the houses, for `has_room`."""
+    """Draws blocks and streets; a small radius leaves one block, a farm. Returns the houses, as `has_room` expects."""
     along = np.exp(1j * rng.uniform(0, math.pi / 2))
     deep, wide, tall, houses = rng.uniform(24, 32), rng.uniform(30, 56), rng.uniform(2.5, 5.5), []
     n, m = int(radius / deep) + 1, int(radius / wide) + 1
@@ -175,9 +175,9 @@ def draw_town(rng: np.random.Generator, centre: complex, radius: float, pen: Ima
 
 
 def has_room(found: list[tuple], free: np.ndarray, margin: float) -> np.ndarray:
-    """Those of the objects in the picture that stand on free ground, bool (H, W): (N, 4) complex.
+    """The objects (N, 4) complex inside the image whose corners, edges and centre lie on `free`, bool (H, W).
 
-    Objects are (centre, direction along, half the length along + i half the width across, height).
+    An object is (centre, direction, half the length along it + i half the width across it, height).
     """
     found = np.array(found).reshape(-1, 4)
     centre, along, half, _ = found.T[:, :, None]
@@ -189,8 +189,8 @@ def has_room(found: list[tuple], free: np.ndarray, margin: float) -> np.ndarray:
 
 
 def plan(seed: int, scene: int, patch: int, size: int) -> World:
-    """Decides everything but texture, speckle and film grain."""
-    shared = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(scene,)))  # same for the whole scene
+    """The world of one image pair: everything except texture, speckle and film grain."""
+    shared = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(scene,)))  # style of the scene
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(scene, patch, 0)))
 
     # Fields, with hedges between some of them, and woods.
@@ -219,7 +219,7 @@ def plan(seed: int, scene: int, patch: int, size: int) -> World:
             pen.ellipse((tree.real - r, tree.imag - r, tree.real + r, tree.imag + r), fill=FOREST)
     classes = np.array(land)
 
-    # Water with beaches, then roads, which cross narrow water on bridges.
+    # Water with beaches, then roads; they cross narrow water on bridges.
     kind = shared.choice(["river", "lakes", "coast", "dry"], p=[0.35, 0.2, 0.3, 0.15])
     water = draw_water(rng, size, kind)
     if kind != "river":
@@ -231,7 +231,7 @@ def plan(seed: int, scene: int, patch: int, size: int) -> World:
     road = (np.asarray(roads) > 0) & (blur(water, 24) < 0.75)
     classes[road] = ROAD
 
-    # Objects: houses that found a place, ships that have water enough around them.
+    # Objects: houses with enough room, ships with enough water around them.
     houses = has_room(houses, blur(np.isin(classes, (WATER, ROAD)), 1) == 0, margin=1)
     berths = [at for at in lattice(rng, size, 34) if rng.uniform() < 0.3]
     ships = [(at, np.exp(1j * rng.uniform(0, 2 * math.pi)), rng.uniform(4.5, 9) * (1 + 0.3j), 0) for at in berths]
