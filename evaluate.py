@@ -329,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [{"file": str(pair.eo), **row} for pair, row in zip(pairs, scores[method])]
         command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        settings["reading"] = args.reading._asdict()
         about = {"command": command, "date": str(date.today()), "torch": torch.__version__, "settings": settings}
         write_json(args.out / "metrics.json", about | {"split": source, "mean": mean, "images": rows})
         contact_sheet(pairs, [row["psnr"] for row in rows], args)
