@@ -60,10 +60,10 @@ from data import (
     read_pair,
     seed_of,
 )
-from images import Reading, confidence_picture, grid, read_eo, save_image, to_uint8
+from images import EO_KINDS, SAR_KINDS, Reading, confidence_picture, grid, read_eo, save_image, to_uint8
 from metrics import fit_colours, frechet_distance, load_inception, load_lpips, look_up, missing_package, psnr, scc, ssim
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
-from scheduler import SPACINGS
+from scheduler import PREDICTION_TYPES, SPACINGS
 from weights import network_digest
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
@@ -71,7 +71,8 @@ BEST = 100.0  # the PSNR of equal images, dB: JSON has no infinity
 FITTED_ON = 400  # training pairs for the mean image and the colour look-up
 STANDARD = {"limit": None, "batch_size": 8, "steps": DEFAULT_STEPS, "spacing": DEFAULT_SPACING}
 PAPER = {"limit": 100, "batch_size": 1, "steps": 50, "spacing": "leading"}
-OF_MODELS = ("data", "model", "unet", "steps", "spacing", "seed", "size", "scale", "stretch")  # not for two folders
+# options without meaning for two folders
+OF_MODELS = ("data", "model", "unet", "prediction_type", "steps", "spacing", "seed", "size", "scale", "stretch")
 
 # ----------------------------------------------------------------------------------------------------------
 # Options
@@ -85,6 +86,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="DIR", help="a data set in any layout that train.py reads")
     add("--model", type=Path, metavar="PATH", help="a C-DiffSET model folder")
     add("--unet", metavar="FILE", help="safetensors file whose U-Net replaces that of --model")
+    add("--prediction-type", choices=PREDICTION_TYPES, help="what the U-Net predicts (default: as the model says)")
     add("--images", type=Path, metavar="DIR", help="score the images in this folder and below")
     add("--truth", type=Path, metavar="DIR", help="the true images for --images")
     add("--out", type=Path, metavar="DIR", help="where to write (default: results/ and the name of the run or folder)")
@@ -94,17 +96,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=positive, help=f"denoising steps (default: {DEFAULT_STEPS})")
     add("--spacing", choices=SPACINGS, help=f"of the steps (default: {DEFAULT_SPACING})")
     add("--seed", type=seed_number, help="image i starts from the noise of seed + i (default: 0)")
-    add("--scale", choices=("auto", "full", "db", "linear", "amplitude"),
+    add("--scale", choices=SAR_KINDS,
         help="what SAR numbers are (default: as in the model's training, else auto)")
     add("--stretch", type=float, nargs=2, metavar=("LOW", "HIGH"), help="percentiles of SAR that become -1 and 1")
-    add("--eo-scale", choices=("auto", "full", "reflectance"), help="what EO numbers are (default: as for --scale)")
+    add("--eo-scale", choices=EO_KINDS, help="what EO numbers are (default: as for --scale)")
     add("--batch-size", type=positive, metavar="N", help=f"images at a time (default: {STANDARD['batch_size']})")
     add("--device", help=DEVICE_HELP)
     # fmt: on
     args = parser.parse_args(arguments)
     if args.images or args.truth:
         if unused := [f"--{name}" for name in OF_MODELS if getattr(args, name) is not None]:
-            parser.error(f"{unused[0]} has no meaning for two folders of images")
+            parser.error(f"{unused[0].replace('_', '-')} has no meaning for two folders of images")
         if not (args.images and args.truth):
             parser.error("two folders are needed: --images, and --truth with the true images")
     elif not (args.data and args.model):
@@ -294,7 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
             pairs = chosen(pair_folders(args.images, args.truth), args)
             args.reading = Reading(eo=args.eo_scale or "auto")
         else:
-            method, model, found = "model", load_model(args.model, args.device, unet=args.unet), find_pairs(args.data)
+            method, model = "model", load_model(args.model, args.device, "float32", args.unet, args.prediction_type)
+            found = find_pairs(args.data)
             split, source = held_out_pairs(found.pairs, args.model)
             pairs = chosen(split.test, args)
             args.reading, remarks = decide_reading([*split.train, *pairs], wanted_reading(args, model.trained_on))
@@ -316,8 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
             for name, made in images.items():
                 scores[name] += score(made, truth, args.protocol, lpips)
             if inception:
-                for kind, batch in zip(features, (images[method], truth)):
-                    kind.append(inception(batch / 2 + 0.5))
+                for collected, batch in zip(features, (images[method], truth)):
+                    collected.append(inception(batch / 2 + 0.5))
         mean = {name: means(rows) for name, rows in scores.items()}
         if inception and len(pairs) > 1:  # a covariance needs two images
             mean[method]["fid"] = frechet_distance(*map(np.concatenate, features))
