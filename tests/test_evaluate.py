@@ -17,7 +17,7 @@ import evaluate
 from cdiffset import CDiffSET
 from data import Pair, find_pairs
 from experiments import synth
-from images import Reading, grid, read_eo, read_sar
+from images import Reading, grid, read_eo, read_sar, save_image
 from metrics import frechet_distance, psnr
 from sample import DEFAULT_SPACING, DEFAULT_STEPS
 
@@ -125,17 +125,11 @@ def test_windows_of_one_image_get_files_of_their_own():
 # Resuming
 
 
-def interrupt(monkeypatch, batch: int) -> list[int]:
-    """Makes the translation of a batch end in Ctrl-C; returns a list that grows by an entry a translation."""
+@pytest.fixture()
+def translations(monkeypatch) -> list[int]:
+    """A list that grows by an entry a translated batch."""
     translate, calls = CDiffSET.translate, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == batch:
-            raise KeyboardInterrupt
-        return translate(*arguments)
-
-    monkeypatch.setattr(CDiffSET, "translate", interrupted)
+    monkeypatch.setattr(CDiffSET, "translate", lambda *arguments: (calls.append(1), translate(*arguments))[1])
     return calls
 
 
@@ -150,27 +144,34 @@ def assert_same_results(folder: Path, other: Path) -> None:
     assert ours["mean"] == theirs["mean"] and ours["images"] == theirs["images"]
 
 
-def test_an_interrupted_evaluation_continues_to_the_same_results(command, whole, tmp_path, monkeypatch, capsys):
-    calls = interrupt(monkeypatch, batch=3)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_evaluation_continues_to_the_same_results(
+    command, whole, tmp_path, translations, monkeypatch, capsys
+):
+    def save(path, picture):
+        if len(list(tmp_path.rglob("*.png"))) == 7:  # three pairs and the confidence of the fourth
+            raise KeyboardInterrupt
+        save_image(path, picture)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "save_image", save)
         run(command, tmp_path)
-    assert len(list((tmp_path / "eo").rglob("*.png"))) == 4
+    assert not (tmp_path / "metrics.json").exists()
+    translations.clear()
     run(command, tmp_path)
-    assert len(calls) == 3 + 1, "only the third batch is translated again"
-    assert "4 of 6 images are translated already" in capsys.readouterr().out
+    assert len(translations) == 2, "the second batch is translated again"
+    assert "3 of 6 images are translated already" in capsys.readouterr().out
     assert_same_results(tmp_path, whole)
 
 
 @pytest.mark.parametrize(("lost", "batches"), [([], 0), (["eo"], 2), (["confidence", "eo"], 2)])
 def test_only_batches_with_missing_images_and_those_after_are_translated(
-    lost, batches, dataset, command, whole, tmp_path, monkeypatch
+    lost, batches, dataset, command, whole, tmp_path, translations
 ):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     for kind in lost:
         (tmp_path / kind / scored(whole)[3].relative_to(dataset)).unlink()  # the second image of the second batch
-    calls = interrupt(monkeypatch, batch=-1)
     run(command, tmp_path)
-    assert len(calls) == batches
+    assert len(translations) == batches
     assert_same_results(tmp_path, whole)
 
 
