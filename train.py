@@ -67,7 +67,6 @@ from data import (
     PairDataset,
     batch_positions,
     build_cache,
-    cut_large,
     dataset_name,
     decide_reading,
     describe,
@@ -77,12 +76,12 @@ from data import (
     read_batches,
     read_center,
     seed_of,
-    split_pairs,
 )
 from images import EO_KINDS, SAR_KINDS, Reading, confidence_picture, grid, save_image, to_uint8
 from layers import add_lora
 from metrics import psnr, ssim
 from scheduler import PREDICTION_TYPES
+from splits import cut_large, split_names, split_pairs
 from weights import network_digest
 
 SD_FOLDER = "models/stable-diffusion-2-1-base"
@@ -91,7 +90,7 @@ DOWNLOAD = (
 )
 WARMUP = 100  # steps, as in the paper
 MEASURED_AT = (125, 375, 625, 875)  # the timesteps at which validation measures the prediction's error
-ENCODED_AT_ONCE = 16  # images: the VAE needs 0.1 GB for one of 256x256, more than the U-Net with --checkpointing
+ENCODED_AT_ONCE = 2**20  # pixels: the VAE needs 0.1 GB for 256x256, more than the U-Net with --checkpointing
 VALIDATED_AT_ONCE = 8  # images
 PREVIEWS = 6  # rows of the preview picture
 
@@ -208,8 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
         if rank() == 0:
             for pair in validation:
                 read_center(pair, args.size, reading)  # a file that cannot be read is reported now, not in an hour
-            scenes = {side: sorted({pair.scene for pair in getattr(split, side)}) for side in ("train", "val", "test")}
-            write_json(args.out / "split.json", {"data": str(args.data), "seed": args.seed, "scenes": scenes})
+            about = {"data": str(args.data), "seed": args.seed, "size": args.size, "cached": bool(args.cache)}
+            write_json(args.out / "split.json", about | {"scenes": split_names(split)})
             if args.cache:
                 build_cache(model, samples, args.cache)
         wait_for_all()
@@ -282,7 +281,8 @@ def objective(model: CDiffSET, kind: str, seed: int, cached: bool) -> Loss:
         z_sar, z_eo = (x.to(model.device, non_blocking=True) for x in batch)
         if not cached:
             with torch.no_grad():
-                images = torch.cat([z_sar, z_eo]).split(ENCODED_AT_ONCE)
+                images = torch.cat([z_sar, z_eo])
+                images = images.split(max(1, ENCODED_AT_ONCE // images[0, 0].numel()))
                 z_sar, z_eo = torch.cat([model.encode(x).float() for x in images]).chunk(2)
         noise, t = sample_noise(z_eo.shape[1:], seed, positions, scheduler.num_train_timesteps)
         noise = noise.to(z_eo.device)
