@@ -2,8 +2,8 @@
 
 `v1-5-pruned-emaonly.safetensors`, `v2-1_512-ema-pruned.safetensors` and similar files (CompVis, Stability AI) hold
 U-Net, VAE and text encoder in one file, under the names of the original code, without any configuration.
-`convert_single_file` translates the names by a short table of rules for each network and derives the configuration
-from the tensors' shapes. `convert_vae` and `convert_text_encoder` also take the names of older diffusers folders.
+`convert_single_file` translates the names by a short table of rules for each network; the configuration follows from
+the width of the cross-attention. `convert_vae` and `convert_text_encoder` serve older diffusers folders, too.
 
 Everything here works on names and shapes: a tensor is a `weights.Stored`, whose data stay on disk.
 """
@@ -62,6 +62,7 @@ UNET_RULES: list[Rule] = [  # the original numbers all blocks in one sequence, t
 ]
 VAE_RULES: list[Rule] = [
     (r"^encoder\.down\.", "encoder.down_blocks."),
+    (r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{3 - int(m[1])}."),  # numbered from the output side
     (r"\.block\.(\d+)\.", r".resnets.\1."),
     (r"\.(down|up)sample\.", r".\1samplers.0."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -105,20 +106,12 @@ def strip(tensors: Tensors, prefix: str) -> Tensors:
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def count(tensors: Tensors, prefix: str) -> int:
-    """The number of different N in the names `prefix.N. ...`."""
-    return len({m[1] for m in (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in tensors) if m})
-
-
 def convert_vae(tensors: Tensors) -> Tensors:
     """A VAE with the original names, or diffusers' former or present ones, to the present ones.
 
-    The original numbers the decoder's levels from the output side. Attention weights that are stored as 1x1
-    convolutions, (C, C, 1, 1), become (C, C).
+    Attention weights that are stored as 1x1 convolutions, (C, C, 1, 1), become (C, C).
     """
-    last = count(tensors, "decoder.up") - 1
-    reverse = (r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{last - int(m[1])}.")
-    renamed = rename(tensors, [reverse, *VAE_RULES])
+    renamed = rename(tensors, VAE_RULES)
     for key, tensor in renamed.items():
         if ".attentions." in key and tensor.shape[2:] == (1, 1):
             renamed[key] = tensor._replace(shape=tensor.shape[:2])
@@ -136,7 +129,7 @@ def convert_openclip(tensors: Tensors) -> Tensors:
     converted: Tensors = {}
     for key, tensor in rename(tensors, OPENCLIP_RULES).items():
         stacked = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", key)
-        if stacked:
+        if stacked and tensor.shape:
             width = tensor.shape[0] // 3
             for i, name in enumerate("qkv"):
                 rows = slice(i * width, (i + 1) * width)
@@ -149,6 +142,19 @@ def convert_openclip(tensors: Tensors) -> Tensors:
 
 # ----------------------------------------------------------------------------------------------------------
 # Single files
+
+VAE = {"scaling_factor": 0.18215}
+CONFIGS = {  # by cross-attention width; what is left out has the default of our constructors, which is SD 1.x's value
+    768: {"unet": {}, "vae": VAE, "text_encoder": {"hidden_act": "quick_gelu"}},  # SD 1.x
+    1024: {  # SD 2.x
+        "unet": {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
+        "vae": VAE,
+        "text_encoder": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+            "hidden_act": "gelu",
+        },
+    },
+}  # fmt: skip
 
 
 def convert_single_file(path: Path, tensors: Tensors) -> dict[str, tuple[dict, Tensors]]:
@@ -164,57 +170,11 @@ def convert_single_file(path: Path, tensors: Tensors) -> dict[str, tuple[dict, T
             f"{path}: not an original Stable Diffusion 1.x or 2.x file ({problem}); "
             "give a diffusers folder, or pass a separate U-Net as --unet together with a --model"
         )
-    unet, vae, text = rename(unet, UNET_RULES), convert_vae(vae), clip or convert_openclip(openclip)
-    try:
-        parts = {"unet": (unet_config(unet), unet), "vae": (vae_config(vae), vae)}
-        if text:
-            parts["text_encoder"] = (text_config(text, "quick_gelu" if clip else "gelu"), text)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{path}: {error} is missing or misshapen, which every Stable Diffusion file has") from error
-    width = parts["unet"][0]["cross_attention_dim"]
-    if width not in (768, 1024):
-        raise ValueError(f"{path}: cross-attention width {width}; expected 768 (SD 1.x) or 1024 (SD 2.x)")
-    return parts
-
-
-# The configurations, from the tensors' shapes. They raise KeyError or IndexError if a tensor is missing or misshapen.
-
-
-def unet_config(unet: Tensors) -> dict:
-    """Shapes do not give the heads: SD 1.x (cross-attention width 768) has 8, SD 2.x one for each 64 channels."""
-    levels = range(count(unet, "down_blocks"))
-    widths = [unet[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
-    attention = [count(unet, f"down_blocks.{i}.attentions") > 0 for i in levels]
-    context = unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-    return {
-        "in_channels": unet["conv_in.weight"].shape[1],
-        "out_channels": unet["conv_out.weight"].shape[0],
-        "block_out_channels": widths,
-        "attention_head_dim": 8 if context == 768 else [width // 64 for width in widths],
-        "cross_attention_dim": context,
-        "use_linear_projection": len(unet["mid_block.attentions.0.proj_in.weight"].shape) == 2,
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-    }
-
-
-def vae_config(vae: Tensors) -> dict:
-    """Latent channels and the width of each level."""
-    levels = range(count(vae, "encoder.down_blocks"))
-    return {
-        "latent_channels": vae["decoder.conv_in.weight"].shape[1],
-        "block_out_channels": [vae[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
-    }
-
-
-def text_config(text: Tensors, activation: str) -> dict:
-    """Both text encoders have 64 channels a head; only CLIP's (SD 1.x) was trained with quick_gelu."""
-    width = text["final_layer_norm.weight"].shape[0]
-    return {
-        "hidden_size": width,
-        "intermediate_size": text["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": count(text, "encoder.layers"),
-        "num_attention_heads": width // 64,
-        "hidden_act": activation,
-        "vocab_size": text["embeddings.token_embedding.weight"].shape[0],
-    }
+    to_k = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    width = to_k.shape[-1] if to_k and to_k.shape else None
+    if width not in CONFIGS:
+        raise ValueError(f"{path}: cross-attention of width {width}; expected 768 (SD 1.x) or 1024 (SD 2.x)")
+    networks = {"unet": rename(unet, UNET_RULES), "vae": convert_vae(vae)}
+    if clip or openclip:
+        networks["text_encoder"] = clip or convert_openclip(openclip)
+    return {name: (CONFIGS[width][name], network) for name, network in networks.items()}

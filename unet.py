@@ -236,7 +236,7 @@ class UNet(nn.Module):
 
     @contextmanager
     def keeping(self, context: Tensor) -> Iterator[None]:
-        """In a `with` block: the U-Net attends to this context, whatever `forward` gets; keys and values are computed once."""
+        """In a `with` block, the U-Net attends to this context; its keys and values are computed only once."""
         attentions = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
         try:
             for attention in attentions:

@@ -88,7 +88,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (B, latent_channels, h, w) -> image (B, 3, 8h, 8w). Each level has one residual block more than in the encoder."""
+    """Latent (B, latent_channels, h, w) -> image (B, 3, 8h, 8w). Each level has layers + 1 residual blocks."""
 
     def __init__(self, channels: int, latents: int, widths: list[int], layers: int, groups: int, attention: bool):
         super().__init__()
