@@ -603,12 +603,14 @@ def test_a_loaded_network_and_its_file_do_not_change_with_one_another(tmp_path):
     """Though its weights are mapped: writing changes memory only, and a file in use is replaced as a whole."""
     path = write_folder(tmp_path, "sd2") / FILES["unet"]
     before, unet = path.read_bytes(), build(UNet, open_model(tmp_path)["unet"])
+    expected = state("sd2", "unet") | {"conv_in.bias": torch.zeros(64)}
     with torch.no_grad():
         unet.conv_in.bias.zero_()
     assert path.read_bytes() == before
-    save_tensors(path, {key: torch.zeros_like(tensor) for key, tensor in unet.state_dict().items()})
-    expected = state("sd2", "unet")
-    assert_equal(unet.state_dict(), expected | {"conv_in.bias": torch.zeros_like(expected["conv_in.bias"])})
+    save_tensors(path, unet.state_dict())  # over its own file
+    assert_equal(build(UNet, open_model(tmp_path)["unet"]).state_dict(), expected)
+    save_tensors(path, {key: torch.ones_like(tensor) for key, tensor in unet.state_dict().items()})
+    assert_equal(unet.state_dict(), expected)
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_not_mixed_with_the_new_one(folder, monkeypatch):
@@ -674,11 +676,9 @@ UNSUPPORTED = {  # settings that we do not implement, or of a wrong type or valu
         {"class_embed_type": "timestep"}, {"act_fn": "gelu"}, {"num_class_embeds": 1000}, {"freq_shift": 1},
         {"dual_cross_attention": True}, {"only_cross_attention": True}, {"flip_sin_to_cos": False},
         {"downsample_padding": 0}, {"mid_block_type": None}, {"center_input_sample": True}, {"something_new": [1]},
-        {"block_out_channels": "wide"}, {"block_out_channels": None}, {"block_out_channels": 32},
-        {"block_out_channels": [32, "32"]}, {"block_out_channels": [32, -32]}, {"block_out_channels": []},
-        {"layers_per_block": 2.0}, {"layers_per_block": True}, {"attention_head_dim": [8]}, {"norm_num_groups": 0},
-        {"attention_head_dim": "8"}, {"norm_eps": "1e-5"}, {"norm_num_groups": 7}, {"use_linear_projection": "yes"},
-        {"down_block_types": "DownBlock2D"}, {"down_block_types": ["DownBlock2D"]}, {"up_block_types": [1, 2]},
+        {"attention_head_dim": [8]}, {"attention_head_dim": "8"}, {"norm_num_groups": 7},
+        {"use_linear_projection": "yes"}, {"down_block_types": "DownBlock2D"},
+        {"down_block_types": ["DownBlock2D"]}, {"up_block_types": [1, 2]},
     ],
     "vae": [
         {"act_fn": "gelu"}, {"use_quant_conv": False}, {"shift_factor": 0.1}, {"latents_mean": [0.0, 0.1]},
@@ -930,12 +930,3 @@ def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch, interru
     with pytest.raises((KeyboardInterrupt, OSError)):
         model.save_pretrained(tmp_path)
     assert files_under(tmp_path) == before
-
-
-def test_a_loaded_model_can_be_changed_and_saved_over_its_own_files(tmp_path):
-    small_cdiffset().save_pretrained(tmp_path)
-    model = CDiffSET.from_pretrained(tmp_path)
-    with torch.no_grad():
-        model.unet.conv_in.weight.add_(1)
-    model.save_pretrained(tmp_path)
-    assert_same(model, CDiffSET.from_pretrained(tmp_path))
