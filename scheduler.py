@@ -46,7 +46,7 @@ class DDPMScheduler:
     def alpha_bar(self, t: Tensor | int, like: Tensor) -> Tensor:
         """alphas_cumprod[t] on the device of `like`, shaped to broadcast with it: () or (B, 1, 1, 1).
 
-        In float32 at least: bfloat16 would round the smallest noise levels away. Raises ValueError if t is out of range.
+        In float32 or float64: bfloat16 would lose the smallest noise levels. Raises ValueError if t is out of range.
         """
         t = torch.as_tensor(t).cpu()
         if t.min() < 0 or t.max() >= self.num_train_timesteps:
