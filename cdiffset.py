@@ -1,4 +1,4 @@
-"""C-DiffSET: SAR-to-optical (EO) translation by a fine-tuned latent diffusion model. The whole method, in one place.
+"""C-DiffSET: SAR-to-optical (EO) translation with a fine-tuned latent diffusion model. The whole method.
 
 Do, Lee and Kim, "C-DiffSET: Leveraging Latent Diffusion for SAR-to-EO Image Translation with Confidence-Guided
 Reliable Object Generation", arXiv 2411.10788; IEEE TCSVT 2026.
@@ -7,17 +7,14 @@ Reliable Object Generation", arXiv 2411.10788; IEEE TCSVT 2026.
                                         +-> U-Net -> predicted noise (4 channels), raw variance (1 channel)
     noise or noisy EO latent -> z_t ----+
 
-1. Both modalities share the frozen VAE of Stable Diffusion: `CDiffSET.encode`, `CDiffSET.decode`.
+1. SAR and EO images share the frozen VAE of Stable Diffusion: `CDiffSET.encode`, `CDiffSET.decode`.
 2. The pretrained U-Net gets 8 input channels and a fifth output channel: `widen_input`, `add_variance_channel`.
-3. Training noises the EO latent, z_t = sqrt(a) z_eo + sqrt(1 - a) noise with a = alphas_cumprod[t], and has the U-Net
-   predict the noise and, at each latent pixel, a variance of its own error (`denoise`, `variance`). It minimises
-
-       mean(stopgrad(var)^sqrt(a) * ((noise - prediction)^2 / var + log(var) + log(2 pi)) / 2)
-
-   (`cdiff_loss`): where the variance is large, errors count less, so that objects present in only one of the two
-   images do not spoil it.
-4. Translation denoises from pure noise with DDIM, given the SAR latent; confidence is 1 / variance at the middle step:
-   `CDiffSET.translate`.
+3. Training adds noise to the EO latent, z_t = sqrt(a) z_eo + sqrt(1 - a) noise with a = alphas_cumprod[t]. The U-Net
+   predicts the noise and, at each latent pixel, the variance of its own error (`denoise`, `variance`). The loss counts
+   errors less where the variance is large, so objects that only one of the two images shows disturb the training
+   less (`cdiff_loss`).
+4. Translation starts from pure noise and denoises it with DDIM, given the SAR latent. The confidence is 1 / variance
+   at the middle step: `CDiffSET.translate`.
 
     >>> model = CDiffSET.from_pretrained("models/tiny")
     >>> eo, confidence = model.translate(sar)      # sar (B, 3, H, W) in [-1, 1]
@@ -31,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import weights
 from clip import CLIPTextModel
 from scheduler import DDIMScheduler, DDPMScheduler
 from unet import UNet
 from vae import AutoencoderKL
-from weights import Part, build, load_prompt_embedding, load_scheduler, open_model, open_unet, save_model
 
 __version__ = "0.1.0"  # sample.py writes it into its results
 
@@ -52,7 +49,7 @@ VARIANCE_SHIFT = math.log(math.expm1(1.0 - VARIANCE_MIN))  # softplus of this is
 def variance(raw: Tensor) -> Tensor:
     """Raw fifth channel -> variance in [1e-6, 10], same shape: clamp(softplus(raw + c) + 1e-6, 1e-6, 10).
 
-    A raw value of zero gives variance 1, so training starts from the plain L2 objective. Source: the released code.
+    A raw value of 0 gives variance 1, so training starts from the plain L2 objective. Source: the released code.
     """
     return (F.softplus(raw + VARIANCE_SHIFT) + VARIANCE_MIN).clamp(VARIANCE_MIN, VARIANCE_MAX)
 
@@ -65,8 +62,8 @@ def cdiff_loss(prediction: Tensor, raw_variance: Tensor, target: Tensor, alphas_
         nll = ((target - prediction)^2 / var + log(var) + log(2 pi)) / 2
         loss = mean(stopgrad(var)^beta * nll)
 
-    Near the clean end beta is near 1 and the weight cancels 1/var: the prediction's gradient is that of L2. At high
-    noise beta is near 0 and it is the full likelihood, which excuses errors where the network expects them.
+    At little noise beta is near 1, and the weight cancels 1/var: the prediction's gradient is that of L2. At much
+    noise beta is near 0, and the loss is the full likelihood: errors cost less where the network expects them.
     """
     var = variance(raw_variance)
     nll = 0.5 * ((target - prediction) ** 2 / var + var.log() + math.log(2 * math.pi))
@@ -79,7 +76,7 @@ def cdiff_loss(prediction: Tensor, raw_variance: Tensor, target: Tensor, alphas_
 
 
 def widen_input(unet: UNet) -> None:
-    """Makes the U-Net take (SAR latent, noisy latent): conv_in's weights twice, halved; bias kept. In place."""
+    """Doubles the input channels in place, for SAR latent and noisy latent: halves conv_in's weights, repeats them."""
     old = unet.conv_in
     unet.conv_in = nn.Conv2d(2 * old.in_channels, old.out_channels, 3, padding=1, device="meta")
     unet.conv_in.weight = nn.Parameter(old.weight.detach().repeat(1, 2, 1, 1) * 0.5)
@@ -88,7 +85,7 @@ def widen_input(unet: UNet) -> None:
 
 
 def add_variance_channel(unet: UNet) -> None:
-    """Gives the U-Net one more output channel, the raw variance, with zero weight and bias. In place."""
+    """Adds an output channel in place, the raw variance, with zero weights and bias."""
     old = unet.conv_out
     unet.conv_out = nn.Conv2d(old.in_channels, old.out_channels + 1, 3, padding=1, device="meta")
     unet.conv_out.weight = nn.Parameter(torch.cat([old.weight.detach(), torch.zeros_like(old.weight[:1])]))
@@ -112,9 +109,11 @@ def denoise(
 
 
 class CDiffSET(nn.Module):
-    """VAE, U-Net, prompt embedding (1, tokens, width) and noise schedule, in evaluation mode when loaded.
+    """VAE, U-Net, prompt embedding (1, tokens, width) and noise schedule, in evaluation mode.
 
-    from_base: whether the weights were a text-to-image model's, which translates only after fine-tuning.
+    from_base: whether the U-Net is a text-to-image model's, which has to be fine-tuned before it translates.
+    assumptions: one line for each value that the loaded files did not give.
+    trained_on: JSON values that describe the training data; saved with the model; {} if unknown.
     """
 
     def __init__(self, vae: AutoencoderKL, unet: UNet, prompt_embedding: Tensor, scheduler: DDPMScheduler):
@@ -122,8 +121,8 @@ class CDiffSET(nn.Module):
         self.vae, self.unet, self.scheduler = vae, unet, scheduler
         self.register_buffer("prompt_embedding", prompt_embedding)
         self.from_base = False
-        self.trained_on = {}
-        self.assumptions = []
+        self.assumptions: list[str] = []
+        self.trained_on: dict = {}
         self.eval()
 
     @classmethod
@@ -139,25 +138,27 @@ class CDiffSET(nn.Module):
         """Loads a diffusers folder or an original single file.
 
         unet: a safetensors file whose U-Net replaces that of `path` (the released checkpoints).
-        variance_channel: whether a base Stable Diffusion (4 channels in, 4 out) is given the fifth output channel
-            beside the wider input; False for stage 1 of the training. A C-DiffSET model is taken as it is.
-        prediction_type: "epsilon", "v_prediction" or "sample", where the path does not tell or tells wrong.
-        Raises ValueError naming the file and the first tensors concerned if anything does not fit.
+        variance_channel: whether a base Stable Diffusion (4 channels in, 4 out) gets the fifth output channel besides
+            the wider input; False for stage 1 of the training. A C-DiffSET model keeps its channels.
+        prediction_type: "epsilon", "v_prediction" or "sample", where the files do not say it or are wrong.
+        Raises ValueError, with the file and the first tensors concerned, if anything does not fit.
         """
-        parts = open_model(path)
-        base = parts["unet"]
-        embedding = load_prompt_embedding(path)
+        parts = weights.open_model(path)
+        assumptions = weights.list_assumptions(path, parts["vae"], unet, prediction_type)
+        embedding = weights.load_prompt_embedding(path)
         if embedding is None:
             if "text_encoder" not in parts:
-                raise ValueError(f"{path}: neither prompt_embedding.safetensors nor a text encoder in it")
-            embedding = embed_prompt(parts["text_encoder"])  # first: its weights go before the others come
-        network = build(UNet, open_unet(unet, base) if unet else base, dtype)
-        vae = build(AutoencoderKL, parts["vae"], dtype)
-        width = network.config["cross_attention_dim"]
-        if embedding.ndim != 3 or embedding.shape[0] != 1 or embedding.shape[2] != width:
-            raise ValueError(f"{path}: prompt embedding of shape {tuple(embedding.shape)}, not (1, tokens, {width})")
+                raise ValueError(f"{path}: holds neither prompt_embedding.safetensors nor a text encoder")
+            embedding = embed_prompt(parts["text_encoder"])  # first: its memory is free again before the rest is loaded
+        network = weights.build(UNet, weights.open_unet(unet, parts["unet"]) if unet else parts["unet"], dtype)
+        vae = weights.build(AutoencoderKL, parts["vae"], dtype)
+        shape, width = tuple(embedding.shape), network.config["cross_attention_dim"]
+        if len(shape) != 3 or (shape[0], shape[2]) != (1, width):
+            problem = f"prompt embedding of shape {shape}, but the U-Net's cross-attention needs (1, tokens, {width})"
+            raise ValueError(f"{path}: {problem}; is the text encoder another model's?")
 
-        model = cls(vae, network, embedding.to(dtype), load_scheduler(path, prediction_type))
+        model = cls(vae, network, embedding.to(dtype), weights.load_scheduler(path, prediction_type))
+        model.assumptions, model.trained_on = assumptions, {} if unet else weights.load_trained_on(path)
         latent = vae.config["latent_channels"]
         channels = (network.config["in_channels"], network.config["out_channels"])
         if channels == (latent, latent):
@@ -173,8 +174,8 @@ class CDiffSET(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that `from_pretrained` and diffusers open, in the model's own dtype, atomically by file."""
-        save_model(folder, self.vae, self.unet, self.scheduler, self.prompt_embedding)
+        """Writes a folder that `from_pretrained` and diffusers open, in the model's dtype; each file atomically."""
+        weights.save_model(folder, self.vae, self.unet, self.scheduler, self.prompt_embedding, self.trained_on)
 
     @property
     def unit(self) -> int:
@@ -183,7 +184,7 @@ class CDiffSET(nn.Module):
 
     @property
     def has_variance(self) -> bool:
-        """Whether there is a fifth output channel; a model of stage 1 has none."""
+        """Whether the U-Net has the fifth output channel; after stage 1 of the training it has not."""
         return self.unet.config["out_channels"] > self.vae.config["latent_channels"]
 
     @property
@@ -208,14 +209,13 @@ class CDiffSET(nn.Module):
         spacing: str = "leading",
         progress: Callable[[Sequence], Sequence] = lambda timesteps: timesteps,
     ) -> tuple[Tensor, Tensor | None]:
-        """Translates SAR images: sar (B, 3, H, W) in [-1, 1], any H and W >= 8.
+        """SAR images (B, 3, H, W) in [-1, 1], H and W at least 8 -> EO images (B, 3, H, W) in [-1, 1] and confidence
+        (B, 1, H, W), 1 / variance at the middle step, or None from a model without a variance channel.
 
-        Returns the EO images (B, 3, H, W) in [-1, 1] and the confidence (B, 1, H, W), 1 / variance at the middle
-        step; None from a model without a variance channel. Both float32, on the model's device. The defaults are
-        the paper's (section IV-A).
-        seed: image i starts from the noise of seed + i, or of seed[i]; it depends on neither device nor batch.
+        Both are float32, on the model's device. The defaults are the paper's (section IV-A).
+        seed: image i starts from the noise of seed + i, or of seed[i], which depends on neither device nor batch size.
         progress: wraps the timesteps, e.g. in tqdm.
-        Raises ValueError on a shape, a number of steps or a spacing that cannot be.
+        Raises ValueError on a wrong shape, number of steps, spacing or number of seeds.
         """
         if sar.ndim != 4 or not len(sar) or sar.shape[1] != 3 or min(sar.shape[2:]) < 8:
             raise ValueError(f"SAR image of shape {tuple(sar.shape)}: expected (B, 3, H, W) with H and W at least 8")
@@ -228,7 +228,7 @@ class CDiffSET(nn.Module):
         height, width = sar.shape[2:]
         padded = pad_to_multiple(sar.float(), self.unit)
         z_sar = self.encode(padded)
-        # the schedule is computed in float32 whatever the networks' precision
+        # z_t and the scheduler's arithmetic stay in float32, whatever the networks' precision
         z_t = torch.cat([initial_noise(s, z_sar.shape[1:]) for s in seeds]).to(context.device)
         confidence = None
         with self.unet.keeping(context):
@@ -246,9 +246,10 @@ class CDiffSET(nn.Module):
     def noise_error(
         self, z_sar: Tensor, z_eo: Tensor, t: Tensor | int, seeds: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """Noises true EO latents and predicts, as in training: z_sar, z_eo (B, 4, h, w), t scalar or (B,), a seed of
-        the noise each -> the squared error, mean of the channels, and the variance that the network expects of it, both
-        (B, 1, h, w) float32; None from a model without a variance channel.
+        """Adds noise to true EO latents and compares the U-Net's prediction with the target, as in training.
+
+        z_sar, z_eo (B, 4, h, w), t scalar or (B,), one seed of the noise per image -> squared error, averaged over the
+        channels, and predicted variance (None without a variance channel), each (B, 1, h, w) float32.
         """
         noise = torch.cat([initial_noise(seed, z_eo.shape[1:]) for seed in seeds]).to(z_eo)
         z_t = self.scheduler.add_noise(z_eo, noise, t).to(z_sar.dtype)
@@ -258,9 +259,9 @@ class CDiffSET(nn.Module):
 
 
 @torch.no_grad()
-def embed_prompt(text_encoder: Part) -> Tensor:
-    """The fixed prompt's embedding, (1, 6, width) float32. Raises ValueError if the encoder does not fit the prompt."""
-    encoder = build(CLIPTextModel, text_encoder)
+def embed_prompt(text_encoder: weights.Part) -> Tensor:
+    """The fixed prompt's embedding, (1, 6, width) float32. Raises ValueError if the encoder is too small for it."""
+    encoder = weights.build(CLIPTextModel, text_encoder)
     if encoder.config["vocab_size"] <= max(PROMPT_IDS) or encoder.config["max_position_embeddings"] < len(PROMPT_IDS):
         raise ValueError(f"{text_encoder.source}: the text encoder is not CLIP's (too small a vocabulary or length)")
     return encoder(torch.tensor([PROMPT_IDS]))
@@ -272,8 +273,8 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
 
 
 def pad_to_multiple(image: Tensor, unit: int) -> Tensor:
-    """Pads (B, C, H, W) at the right and bottom to multiples of `unit`: by reflection, or by repeating the edge
-    on an axis that is too short to reflect.
+    """Pads (B, C, H, W) at the right and bottom to multiples of `unit`: by reflection, or, on an axis that is too
+    short to reflect, by repeating the edge.
     """
     height, width = image.shape[2:]
     below, right = -height % unit, -width % unit
@@ -282,6 +283,6 @@ def pad_to_multiple(image: Tensor, unit: int) -> Tensor:
 
 
 def resize_confidence(confidence: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, 1, h, w) -> (B, 1, *size), bicubically as in the paper, but never below the least that there is."""
+    """(B, 1, h, w) -> (B, 1, *size), bicubic as in the paper, but never below 1 / VARIANCE_MAX."""
     resized = F.interpolate(confidence, size=tuple(size), mode="bicubic", align_corners=False)
     return resized.clamp(min=1 / VARIANCE_MAX)

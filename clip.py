@@ -1,4 +1,4 @@
-"""The text tower of CLIP, used once per model: to embed the fixed prompt "electro-optical image".
+"""CLIP's text encoder ("text tower"), used once per model, to embed the fixed prompt "electro-optical image".
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021. SD 1.x has
 CLIP ViT-L's tower (12 layers, quick_gelu), SD 2.x OpenCLIP ViT-H's, cut to 23 layers (gelu); transformers'
@@ -88,7 +88,7 @@ class CLIPTextModel(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if hidden_size % num_attention_heads:
             raise ValueError(f"{hidden_size} channels cannot be shared by {num_attention_heads} attention heads")
-        self.embeddings = nn.ModuleDict()  # as the published names have it; and so "encoder.layers"
+        self.embeddings = nn.ModuleDict()  # for the published names; so is "encoder.layers"
         self.embeddings["token_embedding"] = nn.Embedding(vocab_size, hidden_size)
         self.embeddings["position_embedding"] = nn.Embedding(max_position_embeddings, hidden_size)
         layer = (hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps)

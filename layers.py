@@ -1,4 +1,4 @@
-"""The layers that the networks share: residual block, downsampling, upsampling; and attention.
+"""The layers that the networks share: residual block, downsampling, upsampling, attention.
 
 Parameter names are those of the diffusers files (`diffusers/models/resnet.py`, `downsampling.py`,
 `upsampling.py`), so that public Stable Diffusion weights load with `strict=True`.
@@ -60,7 +60,7 @@ class Upsample(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head attention, softmax(q k^T / sqrt(d)) v: (B, N, C), 2 x (B or 1, M, C) -> (B, N, C)."""
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v: q (B, N, C), k and v (B or 1, M, C) -> (B, N, C)."""
     batch = q.shape[0]
     # (B, N, heads * d) -> (B, heads, N, d); keys and values of a shared context are expanded, not copied
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2).expand(batch, -1, -1, -1) for x in (q, k, v))

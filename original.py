@@ -1,15 +1,22 @@
-"""The original single files of Stable Diffusion 1.x and 2.x (CompVis, Stability), told in diffusers' terms.
+"""Older names and formats of Stable Diffusion's weights, translated into those of today's diffusers files.
 
-`v1-5-pruned-emaonly.safetensors`, `v2-1_512-ema-pruned.safetensors` and their like hold U-Net, VAE and text tower
-under the names of the original code, and no configuration. `open_original` finds both: names by a short table of
-rules for each network, the configuration from the tensors' shapes. Nothing is read but the header.
+`v1-5-pruned-emaonly.safetensors`, `v2-1_512-ema-pruned.safetensors` and similar files (CompVis, Stability AI) hold
+U-Net, VAE and text encoder in one file, under the names of the original code, without any configuration.
+`convert_single_file` translates the names by a short table of rules for each network; the configuration follows from
+the width of the cross-attention. `convert_vae` and `convert_text_encoder` serve older diffusers folders, too.
+
+Everything here works on names and shapes: a tensor is a `weights.Stored`, whose data stay on disk.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import some
-from stored import Rule, Tensors, count, open_tensors, rename, strip
+
+Tensors = dict[str, Any]  # name -> weights.Stored
+Rule = tuple[str, str | Callable[[re.Match], str]]  # pattern and replacement, as for re.sub
 
 # ----------------------------------------------------------------------------------------------------------
 # Names
@@ -17,11 +24,11 @@ from stored import Rule, Tensors, count, open_tensors, rename, strip
 PREFIXES = (
     "model.diffusion_model.",
     "first_stage_model.",
-    "cond_stage_model.transformer.text_model.",  # SD 1.x: CLIP, by transformers' names
+    "cond_stage_model.transformer.text_model.",  # SD 1.x: CLIP, with transformers' names
     "cond_stage_model.model.",  # SD 2.x: OpenCLIP
 )
-# ldm's schedule buffers and leftovers of training, and what SD does not use of the text towers (of OpenCLIP's
-# 24 blocks the last): the only tensors that are not ours
+# The only tensors that are left out: EMA copies, the original code's noise schedule, and what Stable Diffusion does
+# not use of the text encoders (the last of OpenCLIP's 24 blocks, for example)
 IGNORED = re.compile(
     r"model_ema\..*"
     r"|betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod"
@@ -31,7 +38,7 @@ IGNORED = re.compile(
     r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"
 )
 
-UNET_RULES: list[Rule] = [  # blocks are numbered through; every third ends a level
+UNET_RULES: list[Rule] = [  # the original numbers all blocks in one sequence, three to a level
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
     (r"^out\.0\.", "conv_norm_out."),
@@ -55,6 +62,7 @@ UNET_RULES: list[Rule] = [  # blocks are numbered through; every third ends a le
 ]
 VAE_RULES: list[Rule] = [
     (r"^encoder\.down\.", "encoder.down_blocks."),
+    (r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{3 - int(m[1])}."),  # numbered from the output side
     (r"\.block\.(\d+)\.", r".resnets.\1."),
     (r"\.(down|up)sample\.", r".\1samplers.0."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -64,6 +72,9 @@ VAE_RULES: list[Rule] = [
     (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"\.norm_out\.", ".conv_norm_out."),
+    # diffusers' own former names, which the published folders still have
+    (r"\.attentions\.0\.(q|k|v)(uery|ey|alue)\.", r".attentions.0.to_\1."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 ]
 OPENCLIP_RULES: list[Rule] = [
     (r"^transformer\.resblocks\.", "encoder.layers."),
@@ -77,97 +88,93 @@ OPENCLIP_RULES: list[Rule] = [
 ]
 
 
-def open_original(path: Path) -> dict[str, tuple[dict, Tensors]]:
-    """Configuration and tensors, by diffusers' names, of "unet", "vae" and, if there, "text_encoder".
-
-    The VAE's attention keeps the shape of 1x1 convolutions, which `weights.modern_vae` flattens. Raises ValueError if
-    it is no such file.
-    """
-    tensors = {key: tensor for key, tensor in open_tensors(path).items() if not IGNORED.fullmatch(key)}
-    unknown = [key for key in tensors if not key.startswith(PREFIXES)]
-    unet, vae, text_1, text_2 = (strip(tensors, prefix) for prefix in PREFIXES)
-    if unknown or not unet or not vae or (text_1 and text_2):
-        problem = f"unknown tensors: {some(unknown)}" if unknown else "it needs one U-Net, one VAE and one text tower"
-        raise ValueError(
-            f"{path}: not an original Stable Diffusion 1.x or 2.x file ({problem}); "
-            "give a diffusers folder, or pass a U-Net on its own as --unet beside a --model"
-        )
-    unet, vae = rename(unet, UNET_RULES), vae_by_diffusers_names(vae)
-    text = text_1 or openclip_by_transformers_names(text_2)
-    try:
-        parts = {"unet": (unet_config(unet), unet), "vae": (vae_config(vae), vae)}
-        if text:
-            parts["text_encoder"] = (text_config(text, quick=bool(text_1)), text)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{path}: {error} is missing or misshapen, which every Stable Diffusion file has") from error
-    if parts["unet"][0]["cross_attention_dim"] not in (768, 1024):
-        width = parts["unet"][0]["cross_attention_dim"]
-        raise ValueError(f"{path}: cross-attention width {width}; expected 768 (SD 1.x) or 1024 (SD 2.x)")
-    return parts
-
-
-def vae_by_diffusers_names(tensors: Tensors) -> Tensors:
-    """Applies VAE_RULES, and turns the decoder's levels round: ldm counts them from the output side."""
-    last = count(tensors, "decoder.up") - 1
-    reverse = (r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{last - int(m[1])}.")
-    return rename(tensors, [reverse, *VAE_RULES])
-
-
-def openclip_by_transformers_names(tensors: Tensors) -> Tensors:
-    """Applies OPENCLIP_RULES, and unstacks the rows of q, k and v."""
+def rename(tensors: Tensors, rules: list[Rule]) -> Tensors:
+    """Applies every rule to every name, in order. Raises ValueError if two tensors get the same name."""
     renamed: Tensors = {}
+    for old, tensor in tensors.items():
+        new = old
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed:
+            raise ValueError(f"{tensor.file.path}: holds one tensor twice, as {renamed[new].key} and {tensor.key}")
+        renamed[new] = tensor
+    return renamed
+
+
+def strip(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names start with `prefix`, without it."""
+    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def convert_vae(tensors: Tensors) -> Tensors:
+    """A VAE with the original names, or diffusers' former or present ones, to the present ones.
+
+    Attention weights that are stored as 1x1 convolutions, (C, C, 1, 1), become (C, C).
+    """
+    renamed = rename(tensors, VAE_RULES)
+    for key, tensor in renamed.items():
+        if ".attentions." in key and tensor.shape[2:] == (1, 1):
+            renamed[key] = tensor._replace(shape=tensor.shape[:2])
+    return renamed
+
+
+def convert_text_encoder(tensors: Tensors) -> Tensors:
+    """CLIP's text encoder as transformers 4 or 5 saves it: drops the prefix `text_model.` and the position ids."""
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("embeddings.position_ids")}
+    return rename(tensors, [(r"^text_model\.", "")])
+
+
+def convert_openclip(tensors: Tensors) -> Tensors:
+    """OpenCLIP's text encoder to transformers' names. The rows of q, k and v, stacked there, become three tensors."""
+    converted: Tensors = {}
     for key, tensor in rename(tensors, OPENCLIP_RULES).items():
         stacked = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", key)
-        if stacked:
+        if stacked and tensor.shape:
             width = tensor.shape[0] // 3
             for i, name in enumerate("qkv"):
                 rows = slice(i * width, (i + 1) * width)
                 part = tensor._replace(shape=(width, *tensor.shape[1:]), rows=rows)
-                renamed[f"{stacked[1]}.{name}_proj.{stacked[2]}"] = part
+                converted[f"{stacked[1]}.{name}_proj.{stacked[2]}"] = part
         else:
-            renamed[key] = tensor
-    return renamed
+            converted[key] = tensor
+    return converted
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Configurations, from the shapes; KeyError or IndexError where a tensor that they need is missing
+# Single files
+
+VAE = {"scaling_factor": 0.18215}
+CONFIGS = {  # by cross-attention width; what is left out has the default of our constructors, which is SD 1.x's value
+    768: {"unet": {}, "vae": VAE, "text_encoder": {"hidden_act": "quick_gelu"}},  # SD 1.x
+    1024: {  # SD 2.x
+        "unet": {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
+        "vae": VAE,
+        "text_encoder": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+            "hidden_act": "gelu",
+        },
+    },
+}  # fmt: skip
 
 
-def unet_config(unet: Tensors) -> dict:
-    """SD 1.x has 8 heads at every level, SD 2.x 64 channels a head: told by the cross-attention width."""
-    levels = range(count(unet, "down_blocks"))
-    widths = [unet[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
-    attention = [count(unet, f"down_blocks.{i}.attentions") > 0 for i in levels]
-    context = unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-    return {
-        "in_channels": unet["conv_in.weight"].shape[1],
-        "out_channels": unet["conv_out.weight"].shape[0],
-        "block_out_channels": widths,
-        "attention_head_dim": 8 if context == 768 else [width // 64 for width in widths],
-        "cross_attention_dim": context,
-        "use_linear_projection": len(unet["mid_block.attentions.0.proj_in.weight"].shape) == 2,
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-    }
-
-
-def vae_config(vae: Tensors) -> dict:
-    """As many latent channels and levels as there are weights; the rest is as in every Stable Diffusion."""
-    levels = range(count(vae, "encoder.down_blocks"))
-    return {
-        "latent_channels": vae["decoder.conv_in.weight"].shape[1],
-        "block_out_channels": [vae[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
-    }
-
-
-def text_config(text: Tensors, quick: bool) -> dict:
-    """quick: whether it is OpenAI's CLIP (SD 1.x), trained with quick_gelu."""
-    width = text["final_layer_norm.weight"].shape[0]
-    return {
-        "hidden_size": width,
-        "intermediate_size": text["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": count(text, "encoder.layers"),
-        "num_attention_heads": width // 64,
-        "hidden_act": "quick_gelu" if quick else "gelu",
-        "vocab_size": text["embeddings.token_embedding.weight"].shape[0],
-    }
+def convert_single_file(path: Path, tensors: Tensors) -> dict[str, tuple[dict, Tensors]]:
+    """The tensors of an original single file -> configuration and tensors of "unet", "vae" and, where the file holds
+    one, "text_encoder". Raises ValueError if this is not Stable Diffusion 1.x or 2.x.
+    """
+    tensors = {key: tensor for key, tensor in tensors.items() if not IGNORED.fullmatch(key)}
+    unknown = [key for key in tensors if not key.startswith(PREFIXES)]
+    unet, vae, clip, openclip = (strip(tensors, prefix) for prefix in PREFIXES)
+    if unknown or not unet or not vae or (clip and openclip):
+        problem = f"unknown tensors: {some(unknown)}" if unknown else "it needs one U-Net, one VAE, one text encoder"
+        raise ValueError(
+            f"{path}: not an original Stable Diffusion 1.x or 2.x file ({problem}); "
+            "give a diffusers folder, or pass a separate U-Net as --unet together with a --model"
+        )
+    to_k = unet.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    width = to_k.shape[-1] if to_k and to_k.shape else None
+    if width not in CONFIGS:
+        raise ValueError(f"{path}: cross-attention of width {width}; expected 768 (SD 1.x) or 1024 (SD 2.x)")
+    networks = {"unet": rename(unet, UNET_RULES), "vae": convert_vae(vae)}
+    if clip or openclip:
+        networks["text_encoder"] = clip or convert_openclip(openclip)
+    return {name: (CONFIGS[width][name], network) for name, network in networks.items()}

@@ -19,8 +19,8 @@ class DDPMScheduler:
     """Adds noise in training; also steps backwards ancestrally, one timestep at a time.
 
     The defaults are SD's: "scaled_linear" betas, linear in their square root. Attributes: `timesteps`
-    (descending, int64) and `alphas_cumprod` (num_train_timesteps,), float32. Raises ValueError on settings
-    that do not exist.
+    (descending, int64) and `alphas_cumprod` (num_train_timesteps,), float32. Raises ValueError on unknown or
+    impossible settings.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class DDPMScheduler:
     def alpha_bar(self, t: Tensor | int, like: Tensor) -> Tensor:
         """alphas_cumprod[t] on the device of `like`, shaped to broadcast with it: () or (B, 1, 1, 1).
 
-        In float32 at least: bfloat16 would round the smallest noise levels away. Raises ValueError if t is no timestep.
+        In float32 or float64: bfloat16 would lose the smallest noise levels. Raises ValueError if t is out of range.
         """
         t = torch.as_tensor(t).cpu()
         if t.min() < 0 or t.max() >= self.num_train_timesteps:
@@ -60,7 +60,7 @@ class DDPMScheduler:
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """What the network shall predict: the noise, the velocity sqrt(a) noise - sqrt(1 - a) x_0, or x_0."""
+        """What the network should predict: the noise, the velocity sqrt(a) noise - sqrt(1 - a) x_0, or x_0."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -94,7 +94,7 @@ class DDIMScheduler(DDPMScheduler):
     """Denoises in `steps` steps, deterministically unless eta > 0.
 
     spacing "leading" (the paper's): i * (1000 // steps) + 1; "trailing": round(1000 - i * 1000 / steps) - 1,
-    which starts where the noise really is. `timesteps` has exactly `steps` entries, none above 999. The
+    which starts at the highest noise level. `timesteps` has exactly `steps` entries, none above 999. The
     timestep before t is the next in the list; after the last one the sample is at alphas_cumprod[0], as with
     diffusers' set_alpha_to_one=False. Raises ValueError if steps is not in 1..num_train_timesteps.
     """
@@ -106,7 +106,7 @@ class DDIMScheduler(DDPMScheduler):
             raise ValueError(f"{steps} sampling steps: expected 1 to {num_train_timesteps}")
         i = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":
-            offset = min(1, num_train_timesteps - steps)  # no room for the offset if every timestep is used
+            offset = min(1, num_train_timesteps - steps)  # 0 if every timestep is used
             self.timesteps = (i * (num_train_timesteps // steps) + offset).flip(0).long()
         elif spacing == "trailing":
             self.timesteps = (num_train_timesteps - i * num_train_timesteps / steps).round().long() - 1

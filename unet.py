@@ -6,9 +6,9 @@ Rombach et al., CVPR 2022, appendix; diffusers' `UNet2DConditionModel` is the re
     x (B, in, h, w) -> conv_in -> down blocks -> mid block -> up blocks -> conv_out -> (B, out, h, w)
                                        \\_________ skips _________/
 
-Each block is residual blocks (told the timestep) and transformers (told the text). Parameter names and
-constructor arguments are those of the diffusers files (`unet/config.json`), so that public weights load with
-`strict=True`.
+Each block consists of residual blocks, which receive the timestep, and transformers, which receive the text
+embedding. Parameter names and constructor arguments are those of the diffusers files (`unet/config.json`), so that
+public weights load with `strict=True`.
 """
 
 import math
@@ -43,12 +43,12 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) on a context (B or 1, M, D); on itself where there is none."""
+    """Multi-head attention from x (B, N, C) to a context (B or 1, M, D), or to x itself if there is none."""
 
     def __init__(self, channels: int, context_channels: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.kept = None  # keys and values of a context that stays: see UNet.keeping
+        self.kept = None  # keys and values of a fixed context: see UNet.keeping
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels, channels, bias=False)
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         return self.to_out[0](attend(self.to_q(x), keys, values, self.heads))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Two (B or 1, M, C)."""
+        """Context (B or 1, M, D) -> keys and values, each (B or 1, M, C)."""
         return self.to_k(context), self.to_v(context)
 
 
@@ -76,7 +76,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention on the text, feed-forward; pre-norm and residual: (B, N, C) -> (B, N, C)."""
+    """Self-attention, attention to the text, feed-forward; each pre-norm and residual: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, channels: int, context_channels: int, heads: int):
         super().__init__()
@@ -124,9 +124,9 @@ def project(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """The layers of one level. A "stage" is one residual block and, where there is one, the transformer after it.
+    """The layers of one level. A "stage" is one residual block and the transformer after it, if there is one.
 
-    inputs: the channels that enter each residual block; all leave with `channels`. common: alike in all blocks.
+    inputs: the channels that enter each residual block; all leave with `channels`. common: what all blocks share.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class UNet(nn.Module):
     SD 2.x (865.9 M): attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True.
 
     attention_head_dim is diffusers' misnomer: for these models it is the NUMBER of heads, at each level.
-    gradient_checkpointing (attribute): recompute the stages in the backward pass: less memory, a third slower.
+    gradient_checkpointing (attribute): whether the backward pass recomputes the stages: less memory, a third slower.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(OrderedDict(layers))
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # channels of every feature map that the up blocks will take back
+        skips = [widths[0]]  # channels of the feature maps that the up blocks concatenate
         for i, width in enumerate(widths):
             inputs = [skips[-1]] + [width] * (layers_per_block - 1)
             transformers = layers_per_block if down_block_types[i].startswith("CrossAttn") else 0
@@ -210,7 +210,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
         """x (B, in_channels, h, w), t scalar or (B,) in 0..999, context (B or 1, tokens, cross_attention_dim)
-        -> (B, out_channels, h, w). Raises ValueError if h or w is no multiple of `unit` (8 for SD).
+        -> (B, out_channels, h, w). Raises ValueError if h or w is not a multiple of `unit` (8 for SD).
         """
         require_multiple(x, self.unit, "latent")
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
@@ -236,7 +236,7 @@ class UNet(nn.Module):
 
     @contextmanager
     def keeping(self, context: Tensor) -> Iterator[None]:
-        """Within it, the U-Net attends to this context, whose keys and values are computed once, here."""
+        """In a `with` block, the U-Net attends to this context; its keys and values are computed only once."""
         attentions = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
         try:
             for attention in attentions:

@@ -1,7 +1,7 @@
 """The Stable Diffusion VAE (AutoencoderKL), the latent space that SAR and EO images share.
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, section 3.1.
-C-DiffSET keeps it frozen and sends both modalities through it (arXiv 2411.10788, section III-B).
+C-DiffSET keeps it frozen and encodes both modalities with it (arXiv 2411.10788, section III-B).
 
     image (B, 3, H, W) in [-1, 1] -> encode -> mean, logvar (B, 4, H/8, W/8) -> decode -> image
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention (unless left out), residual block, at the lowest resolution."""
+    """Residual block, attention (optional), residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int, attention: bool):
         super().__init__()
@@ -51,7 +51,7 @@ class MidBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """One level: residual blocks, then half (encoder) or twice (decoder) the resolution, but for the last level."""
+    """One level: residual blocks; then, except at the last level, half (encoder) or twice (decoder) the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, resample: type | None):
         super().__init__()
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (B, latent_channels, h, w) -> image (B, 3, 8h, 8w). One more residual block a level than the encoder."""
+    """Latent (B, latent_channels, h, w) -> image (B, 3, 8h, 8w). Each level has layers + 1 residual blocks."""
 
     def __init__(self, channels: int, latents: int, widths: list[int], layers: int, groups: int, attention: bool):
         super().__init__()
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The VAE. Arguments are the keys of diffusers' `vae/config.json`; the defaults are SD 1.x and 2.x (83.7 M).
 
-    scaling_factor: latents times this have about unit variance; `CDiffSET.encode` applies it, this class does not.
+    scaling_factor: makes the variance of the latents about 1. `CDiffSET.encode` multiplies by it, this class does not.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and log-variance of q(z | x), each (B, latent_channels, H/8, W/8), unscaled.
 
-        Raises ValueError if H or W is no multiple of `factor` (8).
+        Raises ValueError if H or W is not a multiple of `factor` (8).
         """
         require_multiple(x, self.factor, "image")
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps alike
+        return mean, logvar.clamp(-30.0, 20.0)  # as in diffusers' DiagonalGaussianDistribution
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, latent_channels, h, w), unscaled -> (B, 3, 8h, 8w), about [-1, 1], not clamped."""

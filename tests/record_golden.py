@@ -20,143 +20,86 @@ GOLDEN = Path(__file__).resolve().with_name("golden")
 # ----------------------------------------------------------------------------------------------------------
 # Cases: constructor arguments in the words of the published config files, and input shapes
 
-SD1_BLOCKS = {
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
+DOWN, UP = ("DownBlock2D",), ("UpBlock2D",)  # and with attention:
+CROSS_DOWN, CROSS_UP = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)
+SD_BLOCKS = {"down_block_types": CROSS_DOWN * 3 + DOWN, "up_block_types": UP + CROSS_UP * 3}
 
 # name: (config, shape of x, timesteps, shape of the context)
 UNETS = {
     # convolutional projections, one number of heads for all levels, scalar timestep
     "unet_sd1": (
         {
-            "in_channels": 4,
-            "out_channels": 4,
-            "block_out_channels": (16, 32, 48, 48),
-            "layers_per_block": 2,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 24,
-            "use_linear_projection": False,
-            "norm_num_groups": 8,
-            **SD1_BLOCKS,
+            "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32, 48, 48), "layers_per_block": 2,
+            "attention_head_dim": 4, "cross_attention_dim": 24, "use_linear_projection": False, "norm_num_groups": 8,
+            **SD_BLOCKS,
         },
-        (2, 4, 16, 24),
-        801,
-        (2, 7, 24),
+        (2, 4, 16, 24), 801, (2, 7, 24),
     ),
     # C-DiffSET on SD 2.x: linear projections, heads by level, 8 inputs, 5 outputs, one context for the batch
     "unet_sd2_cdiffset": (
         {
-            "in_channels": 8,
-            "out_channels": 5,
-            "block_out_channels": (16, 32, 64, 64),
-            "layers_per_block": 2,
-            "attention_head_dim": (1, 2, 4, 8),
-            "cross_attention_dim": 40,
-            "use_linear_projection": True,
-            "norm_num_groups": 8,
-            **SD1_BLOCKS,
+            "in_channels": 8, "out_channels": 5, "block_out_channels": (16, 32, 64, 64), "layers_per_block": 2,
+            "attention_head_dim": (1, 2, 4, 8), "cross_attention_dim": 40, "use_linear_projection": True,
+            "norm_num_groups": 8, **SD_BLOCKS,
         },
-        (3, 8, 24, 16),
-        (981, 0, 317),
-        (1, 6, 40),
+        (3, 8, 24, 16), (981, 0, 317), (1, 6, 40),
     ),
     # the kind of small model that is trained here
     "unet_three_levels": (
         {
-            "in_channels": 8,
-            "out_channels": 4,
-            "block_out_channels": (16, 32, 32),
-            "layers_per_block": 1,
-            "attention_head_dim": (2, 2, 4),
-            "cross_attention_dim": 16,
-            "use_linear_projection": True,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "norm_num_groups": 4,
+            "in_channels": 8, "out_channels": 4, "block_out_channels": (16, 32, 32), "layers_per_block": 1,
+            "attention_head_dim": (2, 2, 4), "cross_attention_dim": 16, "use_linear_projection": True,
+            "down_block_types": DOWN + CROSS_DOWN * 2, "up_block_types": CROSS_UP * 2 + UP, "norm_num_groups": 4,
         },
-        (2, 8, 4, 12),
-        (500, 1),
-        (2, 5, 16),
+        (2, 8, 4, 12), (500, 1), (2, 5, 16),
     ),
     "unet_two_levels": (
         {
-            "in_channels": 4,
-            "out_channels": 5,
-            "block_out_channels": (16, 48),
-            "layers_per_block": 3,
-            "attention_head_dim": 2,
-            "cross_attention_dim": 24,
-            "use_linear_projection": False,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "norm_num_groups": 8,
+            "in_channels": 4, "out_channels": 5, "block_out_channels": (16, 48), "layers_per_block": 3,
+            "attention_head_dim": 2, "cross_attention_dim": 24, "use_linear_projection": False,
+            "down_block_types": CROSS_DOWN + DOWN, "up_block_types": UP + CROSS_UP, "norm_num_groups": 8,
             "norm_eps": 1e-4,
         },
-        (1, 4, 6, 10),
-        (999,),
-        (1, 3, 24),
+        (1, 4, 6, 10), (999,), (1, 3, 24),
     ),
-}
+}  # fmt: skip
 
 # name: (config, shape of the image, shape of the latent)
 VAES = {
-    "vae_sd": (
-        {"block_out_channels": (16, 32, 32, 48), "norm_num_groups": 8},
-        (2, 3, 32, 48),
-        (2, 4, 4, 3),
-    ),
+    "vae_sd": ({"block_out_channels": (16, 32, 32, 48), "norm_num_groups": 8}, (2, 3, 32, 48), (2, 4, 4, 3)),
     "vae_two_levels": (
         {
-            "in_channels": 1,
-            "out_channels": 2,
-            "latent_channels": 3,
-            "block_out_channels": (16, 24),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
+            "in_channels": 1, "out_channels": 2, "latent_channels": 3, "block_out_channels": (16, 24),
+            "layers_per_block": 1, "norm_num_groups": 4,
         },
-        (1, 1, 14, 20),
-        (2, 3, 5, 8),
+        (1, 1, 14, 20), (2, 3, 5, 8),
     ),
     "vae_three_levels_without_attention": (
         {
-            "block_out_channels": (16, 16, 32),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
+            "block_out_channels": (16, 16, 32), "layers_per_block": 1, "norm_num_groups": 4,
             "mid_block_add_attention": False,
         },
-        (2, 3, 16, 24),
-        (1, 4, 6, 4),
+        (2, 3, 16, 24), (1, 4, 6, 4),
     ),
-}
+}  # fmt: skip
 
 # name: (config, shape of the token ids)
 CLIPS = {
     "clip_sd1": (
         {
-            "vocab_size": 100,
-            "max_position_embeddings": 12,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "hidden_act": "quick_gelu",
+            "vocab_size": 100, "max_position_embeddings": 12, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_act": "quick_gelu",
         },
         (2, 6),
     ),
     "clip_sd2": (
         {
-            "vocab_size": 60,
-            "max_position_embeddings": 16,
-            "hidden_size": 48,
-            "intermediate_size": 192,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "hidden_act": "gelu",
+            "vocab_size": 60, "max_position_embeddings": 16, "hidden_size": 48, "intermediate_size": 192,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_act": "gelu",
         },
         (3, 16),
     ),
-}
+}  # fmt: skip
 
 NETWORKS = {**UNETS, **VAES, **CLIPS}
 
@@ -180,9 +123,8 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
         elif tensor.ndim == 1:  # the scale of a norm
             value = 1 + 0.3 * value
         elif not name.endswith("_embedding.weight"):  # token and position tables stay at 1
-            value *= (2.0 if ".attn1." in name or "to_q" in name or "q_proj" in name else 1.2) / tensor[
-                0
-            ].numel() ** 0.5
+            gain = 2.0 if ".attn1." in name or "to_q" in name or "q_proj" in name else 1.2
+            value *= gain / tensor[0].numel() ** 0.5
         tensor.copy_(value)
     return model.eval()
 
@@ -263,13 +205,8 @@ def reference_ddpm(prediction_type: str):
 def reference_ddim(steps: int, spacing: str, prediction_type: str):
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(
-        prediction_type=prediction_type,
-        timestep_spacing=spacing,
-        steps_offset=1,
-        set_alpha_to_one=False,
-        **SD_SCHEDULE,
-    )
+    sampling = {"timestep_spacing": spacing, "steps_offset": 1, "set_alpha_to_one": False}
+    scheduler = DDIMScheduler(prediction_type=prediction_type, **sampling, **SD_SCHEDULE)
     scheduler.set_timesteps(steps)
     return scheduler
 

@@ -1,5 +1,5 @@
-"""Malformed models, configurations and checkpoints, through sample.py and train.py: each is one line and exit code 2,
-nothing is written, and memory stays small.
+"""Malformed models and checkpoints end sample.py and train.py with one line and exit code 2; nothing is written, and
+memory stays small.
 """
 
 import json
@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from common import read_json
-from stored import open_tensors
 from unet import UNet
 from vae import AutoencoderKL
-from weights import build, load_scheduler, open_model, read_config
+from weights import build, load_scheduler, open_model, open_tensors, read_config
 
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 PROMPT = "prompt_embedding.safetensors"
@@ -83,7 +82,8 @@ def headers() -> dict[str, bytes]:
     cases = {name: safetensors(json.dumps(header).encode(), bytes(12)) for name, header in lies.items()}
     text = json.dumps(whole).encode()
     return cases | {
-        "empty": b"", "seven bytes": bytes(7), "length 0": bytes(8),
+        "empty": b"", "seven bytes": bytes(7), "length 0": bytes(8), "plain text": b"not a safetensors file",
+        "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "length too large": safetensors(text, bytes(8), 10**6),
         "length huge": safetensors(text, bytes(8), 2**63), "length most": safetensors(text, bytes(8), 2**64 - 1),
         "length in the middle": safetensors(text, bytes(8), 10), "nested": safetensors(nested),
@@ -126,7 +126,6 @@ def change(path: Path, name: str, function) -> None:
 SPOILT = {
     "NaN": lambda x: x * math.nan,
     "one infinity": lambda x: x.index_fill(0, torch.tensor([0]), math.inf),
-    "too large for float16": None,
     "transposed": lambda x: x.transpose(0, 1),
     "flat": lambda x: x.flatten(),
     "scalar": lambda x: x.sum(),
@@ -145,17 +144,15 @@ SPOILT = {
     ("file", "name"), [(UNET, "conv_in.weight"), (VAE, "quant_conv.weight"), (PROMPT, "prompt_embedding")]
 )
 def test_tensors_of_wrong_shape_type_or_numbers_are_one_line(folder, tmp_path, kind, file, name):
-    options = ()
-    if kind == "too large for float16":
-        change(folder / file, name, lambda x: x * 1e38)
-        options = ("--dtype", "float16")
-        if file == PROMPT:
-            return  # it is read as float32
-    elif kind == "another dimension" and file == PROMPT or kind == "transposed" and file == VAE:
-        return  # as stored by nobody, or square
-    else:
-        change(folder / file, name, SPOILT[kind])
-    assert_model_refused(tmp_path, file.split("/")[0].split(".")[0] if file != PROMPT else "model", options=options)
+    if kind == "transposed" and file == VAE:
+        return  # it is square
+    change(folder / file, name, SPOILT[kind])
+    assert_model_refused(tmp_path, "model" if file == PROMPT else file.split("/")[0])
+
+
+def test_weights_too_large_for_float16_are_one_line(folder, tmp_path):
+    change(folder / UNET, "conv_in.weight", lambda x: x * 1e38)
+    assert_model_refused(tmp_path, "conv_in.weight", "float16", options=("--dtype", "float16"))
 
 
 @pytest.mark.parametrize(
@@ -184,23 +181,15 @@ def test_a_pickle_is_refused_unread(folder, tmp_path, name):
 
     (tmp_path / name).write_bytes(pickle.dumps(Evil()))
     for option in ("--unet", "--model"):
-        assert_model_refused(
-            tmp_path, "is a pickle, which can run code when loaded", options=(option, str(tmp_path / name))
-        )
-    (tmp_path / name).rename(tmp_path / "a.safetensors")
-    assert_model_refused(
-        tmp_path, "not a readable safetensors file", options=("--unet", str(tmp_path / "a.safetensors"))
-    )
+        assert_model_refused(tmp_path, "is a pickle, which can run code", options=(option, str(tmp_path / name)))
+    path = (tmp_path / name).rename(tmp_path / "a.safetensors")
+    assert_model_refused(tmp_path, "not a readable safetensors file", options=("--unet", str(path)))
 
 
-NAMES = ["../a.safetensors", "/etc/passwd", "..", ".", "", "a/../../b", "a\0b", 7, None, [], "x" * 300]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_index_cannot_lead_out_of_its_folder(folder, tmp_path, name):
-    (folder / UNET).unlink()
-    (folder / f"{UNET}.index.json").write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
-    assert_model_refused(tmp_path)
+def test_an_index_of_shards_is_not_followed(folder, tmp_path):
+    (folder / UNET).rename(tmp_path / "a.safetensors")
+    (folder / f"{UNET}.index.json").write_text(json.dumps({"weight_map": {"conv_in.weight": "../../a.safetensors"}}))
+    assert_model_refused(tmp_path, "no diffusion_pytorch_model.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -215,7 +204,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("file", CONFIGS)
+@pytest.mark.parametrize("file", [*CONFIGS, "model_index.json"])
 def test_a_configuration_that_is_no_object_is_one_line(folder, tmp_path, file, text):
     (folder / file).write_bytes(TEXTS[text].encode(errors="surrogateescape"))
     assert_model_refused(tmp_path, file)
@@ -223,20 +212,14 @@ def test_a_configuration_that_is_no_object_is_one_line(folder, tmp_path, file, t
 
 HUGE, WRONG = (10**9, 2**63, 10**400), (0, -(10**12), True, 1.5, math.nan, math.inf, "8", [], None)
 KEYS = {
-    "unet/config.json": ("block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "norm_eps"),
-    "vae/config.json": (
-        "latent_channels",
-        "layers_per_block",
-        "block_out_channels",
-        "scaling_factor",
-        "norm_num_groups",
-    ),
-    "scheduler/scheduler_config.json": ("num_train_timesteps", "beta_start", "beta_end", "prediction_type"),
+    "unet/config.json": "block_out_channels layers_per_block norm_num_groups in_channels norm_eps",
+    "vae/config.json": "block_out_channels layers_per_block norm_num_groups latent_channels scaling_factor",
+    "scheduler/scheduler_config.json": "num_train_timesteps beta_start beta_end prediction_type",
 }
 FINE = {("norm_eps", 1.5), ("norm_eps", 10**9), ("scaling_factor", 1.5), ("scaling_factor", 10**9)}
 
 
-@pytest.mark.parametrize(("file", "key"), [(file, key) for file, keys in KEYS.items() for key in keys])
+@pytest.mark.parametrize(("file", "key"), [(file, key) for file, keys in KEYS.items() for key in keys.split()])
 def test_a_configuration_of_wrong_or_huge_values_is_one_line_and_takes_no_memory(folder, tmp_path, file, key):
     config = read_json(folder / file)
     values = [*HUGE, *WRONG, json.loads(DEEP)]
@@ -252,17 +235,9 @@ def test_a_configuration_of_wrong_or_huge_values_is_one_line_and_takes_no_memory
 def test_any_value_of_any_key_gives_a_network_or_an_error_that_names_the_file(trained, tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
-    simple = (
-        st.none()
-        | st.booleans()
-        | st.integers()
-        | st.floats()
-        | st.text(max_size=4)
-        | st.sampled_from([8, 16, 32, 0.5])
-    )
-    values = st.recursive(
-        simple, lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=3), x, max_size=3)
-    )
+    text, numbers = st.text(max_size=3), st.integers() | st.floats() | st.sampled_from([8, 16, 32, 0.5])
+    simple = st.none() | st.booleans() | numbers | text
+    values = st.recursive(simple, lambda x: st.lists(x, max_size=4) | st.dictionaries(text, x, max_size=3))
     configs = {file: read_json(trained / file) for file in CONFIGS}
     networks = {"unet/config.json": UNet, "vae/config.json": AutoencoderKL}
     keys = st.sampled_from([(file, key) for file, config in configs.items() for key in config])
@@ -290,13 +265,9 @@ def test_any_header_is_tensors_or_an_error_that_names_the_file(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     numbers = st.integers(-8, 64) | st.integers()
-    tensor = st.fixed_dictionaries(
-        {
-            "dtype": st.sampled_from(["F32", "F16", "I64", "BOOL", "F8_E4M3", "x"]),
-            "shape": st.lists(numbers, max_size=3),
-            "data_offsets": st.lists(numbers, min_size=2, max_size=2),
-        }
-    )
+    dtypes, offsets = st.sampled_from(["F32", "F16", "I64", "BOOL", "F8_E4M3", "x"]), st.tuples(numbers, numbers)
+    fields = {"dtype": dtypes, "shape": st.lists(numbers, max_size=3), "data_offsets": offsets}
+    tensor = st.fixed_dictionaries(fields)
     path = tmp_path / "a.safetensors"
 
     @hypothesis.settings(derandomize=True, deadline=None, max_examples=200, database=None)
