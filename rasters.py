@@ -260,4 +260,4 @@ def _choose_bands(names: Sequence[str | None], path: str | Path) -> tuple[list[i
     if not chosen:
         chosen = [i for i, name in enumerate(names) if not ANCILLARY.search(name or "")] or list(range(len(names)))
     left = [repr(name or f"band {i}") for i, name in enumerate(names, 1) if i - 1 not in chosen]
-    return chosen, tuple(polarisations), (f"left out, no polarisation: {', '.join(left)}",) if left else ()
+    return chosen, tuple(polarisations), (f"bands left out: {', '.join(left)}",) if left else ()
