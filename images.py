@@ -114,7 +114,7 @@ def read_overview(path: str | Path) -> Raster:
     if needs_rasterio(path):
         with open_geotiff(path) as dataset:
             return overview(dataset)
-    return overview(read_picture(path))
+    return overview(_last_picture(path, _changed(path)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -129,8 +129,10 @@ class SarScale(NamedTuple):
 def read_sar(path: str | Path, reading: Reading = AUTO, window: tuple[slice, slice] | None = None) -> Tensor:
     """A SAR image, or a window of it, as float32 (3, H, W) in [-1, 1]; for its no-data mask, take the steps singly."""
     raster = read_raster(path, window)
-    small = not window and max(raster.valid.shape) <= OVERVIEW
-    return sar_image(raster, sar_scale(raster, reading) if small else _scene_scale(path, reading, _changed(path)))
+    fixed = reading.sar in ("full", "db") and not reading.stretch  # whatever the rest of the image holds
+    whole = not window and max(raster.valid.shape) <= OVERVIEW
+    scale = sar_scale(raster, reading) if fixed or whole else _scene_scale(path, reading, _changed(path))
+    return sar_image(raster, scale)
 
 
 @lru_cache(maxsize=64)

@@ -50,9 +50,10 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> Split:
     train, test = ([pair for pair, of in zip(pairs, sides) if of == side] for side in ("train", "test"))
     if not train or not test:
         scenes = len({pair.scene for pair in pairs})
+        reason = "all on the same ground, too near" if groups.keys() - {None} else "too few scenes"
         raise ValueError(
-            f"{len(pairs)} pair(s) from {scenes} scene(s): too few scenes to split without a leak, or all on the same "
-            "ground; add others, or make folders train/ and test/"
+            f"{len(pairs)} pair(s) from {scenes} scene(s): {reason} to split without a leak; "
+            "add pairs of another place, or make folders train/ and test/"
         )
     straddling = len(pairs) - len(train) - len(test)
     by_place = f"split by place; {straddling} pair(s) that straddle the line between train and test are left out"
