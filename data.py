@@ -1,43 +1,66 @@
-"""SAR/EO pairs on disk: finds them, splits them without leaks, reads and augments them for training.
+"""SAR/EO pairs on disk: finds them, splits them without leaks, reads and augments them, keeps their latents.
 
-    folder -> find_pairs -> split_pairs -> PairDataset -> (sar, eo), each (3, size, size) in [-1, 1]
+    folder -> find_pairs -> cut_large -> split_pairs -> PairDataset -> (sar, eo), each (3, size, size) in [-1, 1]
+                                                        build_cache -> CachedLatents -> their latents
 
 Order, crops and noise of a training are drawn from (seed, sample position) alone: see `PairDataset`.
+docs/data.md describes all of it for users.
 """
 
 import hashlib
-import signal
-from contextlib import contextmanager
 import os
 import re
+import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from common import read_json, some
-from images import read_eo, read_raster, read_sar
+from cdiffset import CDiffSET
+from common import exclusive, read_json, some, write_json
+from images import (
+    AUTO,
+    HOW,
+    PERCENTILES,
+    ImageError,
+    Reading,
+    eo_kind,
+    image_size,
+    read_eo,
+    read_overview,
+    read_sar,
+    sar_scale,
+)
+from rasters import polarisation_partner
+from weights import network_digest
 
 # ----------------------------------------------------------------------------------------------------------
 # Finding pairs
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-TEST_SHARE = 0.2  # of the pairs, where a dataset has no split of its own
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 class Pair(NamedTuple):
     sar: Path
     eo: Path
     scene: str  # images of one scene overlap or adjoin: they never stand on both sides of a split
-    split: str | None  # "train" or "test" where the dataset says so
+    split: str | None  # "train", "val" or "test" where the dataset says so
+    window: tuple[int, int, int, int] | None = None  # top, left, height, width of a block of larger images
+    by_place: bool = False  # where the images are georeferenced, that tells better than the scene what adjoins
 
 
 class Pairs(NamedTuple):
@@ -53,7 +76,7 @@ SEN_NAME = r"(?P=season)_(?P=kind)_(?P=n)_(?P<patch>p\d+)"
 SEN = r"(?P<season>ROIs\d+_\w+)/(?P<kind>s1|s2)_(?P<n>\d+)/" + SEN_NAME
 TERRAIN = r"(?P<terrain>\w+)/(?P<kind>s1|s2)/(?P<season>ROIs\d+_\w+)_(?P=kind)_(?P<n>\d+)_(?P<patch>p\d+)"
 QXS = r"(?P<kind>sar|opt)_256_oc_0\.2/(?P<name>\d+)\.png"
-SAR2OPT = r"(?P<split>train|test)(?P<kind>A|B)/(?P<name>[^/]+)\.png"
+SAR2OPT = r"(?P<split>train|val|test)(?P<kind>A|B)/(?P<name>[^/]+)\.png"
 SN6 = r"(?P<kind>SAR-Intensity|PS-RGB)/(?P<aoi>SN6_\w+)_(?P=kind)_(?P<strip>\d+_\d+)_(?P<tile>tile_\d+)\.tif"
 FOLDERS = r"(?P<kind>sar|eo)/(?P<folder>(?:.*/)?)(?P<name>[^/]+)\.(?i:png|jpe?g|tiff?)"
 LAYOUTS = (  # name, SAR's kind, scene, pattern
@@ -62,9 +85,13 @@ LAYOUTS = (  # name, SAR's kind, scene, pattern
     ("SEN12MS", "s1", ("season", "n"), SEN + r"\.tif"),
     ("QXS-SAROPT", "sar", ("name",), QXS),  # no scenes known: each image is one
     ("SAR2Opt", "A", ("split", "name"), SAR2OPT),
-    ("SpaceNet6", "SAR-Intensity", ("strip",), SN6),  # a strip of flight; strips overlap a bit
+    ("SpaceNet6", "SAR-Intensity", ("strip",), SN6),  # a strip of flight
     ("sar/ and eo/", "sar", ("folder",), FOLDERS),  # without folders in it, each image is a scene
 )
+
+
+LOOKED_AT = 64  # pairs, spread over the dataset, that stand for all
+BY_PLACE = ("SpaceNet6", "sar/ and eo/")  # layouts whose images may overlap although their scenes differ
 
 
 def find_pairs(root: str | Path) -> Pairs:
@@ -100,6 +127,7 @@ def find_pairs(root: str | Path) -> Pairs:
         raise ValueError(
             f"{str(root)!r} looks like {layout}, but of its {len(sars)} SAR and {len(eos)} EO images "
             f"none has a partner, e.g. {min([*sars.values(), *eos.values()])!r}: put both kinds there, named alike"
+            + stacking(Path(root, name) for name in sorted(sars.values()))
         )
     if len(paired) > 1:
         names = " and ".join(layout for layout, *_ in paired)
@@ -108,11 +136,25 @@ def find_pairs(root: str | Path) -> Pairs:
     ((layout, sars, eos, scene, pattern),) = paired
     pairs, both = [], sars.keys() & eos.keys()
     for key in sorted(both, key=sars.__getitem__):
-        groups = pattern.fullmatch(sars[key]).groupdict()
-        scene_name = "_".join(groups[name] for name in scene).strip("/") or groups["name"]
-        pairs.append(Pair(Path(root, sars[key]), Path(root, eos[key]), scene_name, groups.get("split")))
+        name = sars[key]
+        groups = pattern.fullmatch(name).groupdict()
+        scene_name = "_".join(groups[part] for part in scene).strip("/") or groups["name"]
+        folders = map(str.lower, PurePosixPath(name).parts[:-1])
+        split = groups.get("split") or next((SPLITS[folder] for folder in folders if folder in SPLITS), None)
+        pairs.append(Pair(Path(root, name), Path(root, eos[key]), scene_name, split, None, layout in BY_PLACE))
     unpaired = sorted(side[key] for side in (sars, eos) for key in side.keys() - both)
     return Pairs(layout, pairs, [Path(root, name) for name in unpaired])
+
+
+def stacking(paths: Iterable[Path]) -> str:
+    """What to do if two of the files are the polarisations of one image, or nothing."""
+    for path in paths:
+        if partner := polarisation_partner(path):
+            return (
+                f"; {path.name!r} and {partner.name!r} are two polarisations of one image, make them one: "
+                f"rio stack {path.name} {partner.name} -o NAME.tif"
+            )
+    return ""
 
 
 def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
@@ -176,74 +218,55 @@ def dataset_name(found: Pairs, root: str | Path) -> str:
 def describe(found: Pairs) -> list[str]:
     """What was found, in lines to print. Reads the first pairs, so it also says early what cannot be read."""
 
-    def raster(path: Path) -> str:
-        bands, valid, _ = read_raster(path)
-        values = bands[:, valid] if valid.any() else bands
-        size = f"{bands.shape[2]}x{bands.shape[1]}, {len(bands)} band(s)"
-        return f"{path.name!r}: {size} of {bands.dtype}, {values.min():g} to {values.max():g}"
+    def about(path: Path) -> str:
+        (height, width), raster = image_size(path), read_overview(path)
+        values = raster.bands[:, raster.valid] if raster.valid.any() else raster.bands
+        size = f"{width}x{height}, {len(raster.bands)} band(s)"
+        return f"{path.name!r}: {size} of {raster.bands.dtype}, {values.min():g} to {values.max():g}"
 
     scenes = len({pair.scene for pair in found.pairs})
     lines = [f"{found.layout}: {len(found.pairs):,} pairs in {scenes:,} scenes"]
-    lines += [f"  {raster(pair.sar)}; {raster(pair.eo)}" for pair in found.pairs[:3]]
+    lines += [f"  {about(pair.sar)}; {about(pair.eo)}" for pair in found.pairs[:3]]
     if found.unpaired:
-        names = some(repr(str(path)) for path in found.unpaired)
+        names = some(repr(str(path)) for path in found.unpaired) + stacking(found.unpaired)
         lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {names}")
     return lines
 
 
-def mask_path(pair: Pair, kind: str) -> Path | None:
-    """The "change" or "class" mask that synth.py writes beside a pair, or None."""
-    folder, name = pair.eo.parent.name.replace("s2_", f"{kind}_"), pair.eo.name.replace("_s2_", f"_{kind}_")
-    path = pair.eo.parent.parent / folder / name
-    return path if path != pair.eo and path.is_file() else None
+def decide_reading(pairs: Sequence[Pair], reading: Reading = AUTO) -> tuple[Reading, list[str]]:
+    """How all images of a dataset are read, and lines to print: where `reading` is "auto", as most images look.
 
-
-def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
-    """synth.py's "change" or "class" mask of a pair, uint8 (H, W), or its central crop. It must be there."""
-    with Image.open(mask_path(pair, kind)) as image:
-        return center_crop(np.asarray(image), size)
-
-
-def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Train and test pairs, in the order given: the dataset's own split if it has both sides, else by scene.
-
-    Scenes are taken in an order that depends on the seed and their names alone, and go to the test side where
-    that brings it nearer to the fraction TEST_SHARE of the pairs. A scene is never divided.
-    ValueError: fewer than two scenes.
+    At LOOKED_AT images at most. ValueError: one cannot be read, or not like the others; or none tells what it is.
     """
-    if {pair.split for pair in pairs} == {"train", "test"}:
-        return [p for p in pairs if p.split == "train"], [p for p in pairs if p.split == "test"]
-
-    sizes = Counter(pair.scene for pair in pairs)
-    if len(sizes) < 2:
-        raise ValueError(
-            f"{len(pairs)} pair(s) from {len(sizes)} scene(s): too few scenes to split without a leak, "
-            "add a second one to test on"
-        )
-    order = sorted(sizes, key=lambda scene: seed_of(seed, scene))
-    test, taken = set(), 0
-    for scene in order[1:]:  # the first one always trains
-        if taken + sizes[scene] / 2 <= TEST_SHARE * len(pairs):
-            test.add(scene)
-            taken += sizes[scene]
-    if not test:
-        test.add(min(order[1:], key=sizes.__getitem__))
-    return [p for p in pairs if p.scene not in test], [p for p in pairs if p.scene in test]
-
-
-def held_out_pairs(pairs: list[Pair], model: Path) -> tuple[list[Pair], list[Pair], str]:
-    """(training pairs, held-out pairs, where the split comes from). Raises ValueError if split.json does not fit."""
-    file = model.resolve().parent / "split.json"
-    if not file.is_file():
-        return *split_pairs(pairs), "the split of seed 0"
-    try:
-        test = set(read_json(file)["scenes"]["test"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{file} is no split that train.py wrote ({error}): move it away to use seed 0") from error
-    sides = [p for p in pairs if p.scene not in test], [p for p in pairs if p.scene in test]
-    if not all(sides):
-        raise ValueError(f"{file} does not fit this dataset: it was made for another one; move it away to use seed 0")
-    return *sides, str(file)
+    reading = reading._replace(stretch=tuple(reading.stretch) if reading.stretch else None)
+    chosen, lines = evenly(list({pair.sar: pair for pair in pairs}.values()), LOOKED_AT), []  # blocks share a file
+    for side, look, options in (
+        ("sar", lambda raster, reading: sar_scale(raster, reading).kind, "--scale or --stretch"),
+        ("eo", eo_kind, "--eo-scale"),
+    ):
+        kinds, notes, wrong = {}, {}, None
+        for path in (getattr(pair, side) for pair in chosen):
+            raster = read_overview(path)
+            notes |= dict.fromkeys(raster.notes)
+            try:
+                kinds[path] = look(raster, reading)
+            except ImageError as error:  # all is no-data, say, which does not matter if others tell
+                kinds[path], wrong = None, error
+        if not (counts := Counter(filter(None, kinds.values()))):
+            raise wrong
+        kind = counts.most_common(1)[0][0]
+        reading = reading._replace(**{side: kind})
+        others = [path for path in kinds if kinds[path] != kind]
+        for path in others:
+            look(read_overview(path), reading)  # raises if it cannot be read like the others
+        how = HOW[kind]
+        if kind in PERCENTILES:
+            how += " ({:g} and {:g})".format(*(reading.stretch or PERCENTILES[kind]))
+        lines.append("; ".join([f"{side.upper()} images are read as {how}", *notes, f"{options} overrules"]))
+        if others:
+            names = some(repr(str(path)) for path in others)
+            lines.append(f"  {len(others)} of {len(chosen)} look otherwise, and are read like the others: {names}")
+    return reading, lines
 
 
 def evenly(pairs: Sequence[Pair], number: int) -> list[Pair]:
@@ -304,13 +327,15 @@ def center_crop(image: Tensor, size: int | None) -> Tensor:
 
 def read_pair(
     pair: Pair,
+    reading: Reading = AUTO,
     cut: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda sar, eo: (sar, eo),
-    read: Callable[[Path], Tensor] = read_sar,
 ) -> tuple[Tensor, Tensor]:
-    """SAR (or what `read` reads) and EO, float32 (3, H, W) in [-1, 1], both `cut`. ValueError names the file that is
-    wrong.
-    """
-    sar, eo = read(pair.sar), read_eo(pair.eo)
+    """SAR and EO, float32 (3, H, W) in [-1, 1], both `cut`. ValueError names the file that is wrong."""
+    window = None
+    if pair.window:
+        top, left, height, width = pair.window
+        window = slice(top, top + height), slice(left, left + width)
+    sar, eo = read_sar(pair.sar, reading, window), read_eo(pair.eo, reading, window)
     if sar.shape != eo.shape:
         sizes = [f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pair.sar, sar), (pair.eo, eo))]
         raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: the images of a pair must have equal sizes")
@@ -320,9 +345,9 @@ def read_pair(
         raise ValueError(f"{str(pair.sar)!r}: {error}") from None
 
 
-def read_center(pair: Pair, size: int | None) -> tuple[Tensor, Tensor]:
+def read_center(pair: Pair, size: int | None, reading: Reading = AUTO) -> tuple[Tensor, Tensor]:
     """`read_pair`, of both images the central (3, size, size); all if the size is None."""
-    return read_pair(pair, lambda sar, eo: (center_crop(sar, size), center_crop(eo, size)))
+    return read_pair(pair, reading, lambda sar, eo: (center_crop(sar, size), center_crop(eo, size)))
 
 
 def read_batches(
@@ -341,7 +366,7 @@ def read_batches(
             progress.update(len(numbers))
 
 
-class PairDataset(torch.utils.data.Dataset):
+class PairDataset(Dataset):
     """The samples of a training, by their position in the whole run: 0, 1, 2, ... without end.
 
     Position p is entry p % n of the permutation of epoch p // n, augmented by a generator of its own. Both
@@ -351,10 +376,10 @@ class PairDataset(torch.utils.data.Dataset):
     fall and from which all houses lean: without flips, a network learns that side, and no other.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, flips: bool = True):
+    def __init__(self, pairs: Sequence[Pair], size: int, seed: int = 0, flips: bool = True, reading: Reading = AUTO):
         if not pairs:
             raise ValueError("there are no pairs to read")
-        self.pairs, self.size, self.seed, self.flips = list(pairs), size, seed, flips
+        self.pairs, self.size, self.seed, self.flips, self.reading = list(pairs), size, seed, flips, reading
         self.epoch, self.order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -386,7 +411,7 @@ class PairDataset(torch.utils.data.Dataset):
             top, left, orientation = self.augmentation(position, *images[0].shape[-2:])
             return tuple(orient(x[..., top : top + self.size, left : left + self.size], orientation) for x in images)
 
-        return read_pair(self.pair(position), cut)
+        return read_pair(self.pair(position), self.reading, cut)
 
 
 def batch_positions(start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
@@ -400,10 +425,10 @@ def batch_positions(start: int, stop: int, batch_size: int, rank: int = 0, world
 Batch = tuple[list[Tensor], list[int]]  # tensors, and the positions of the samples
 
 
-class Batches(torch.utils.data.Dataset):
-    """Positions -> a batch, or the error that a sample raised, which a DataLoader would turn into a traceback's text."""
+class Batches(Dataset):
+    """Positions -> a batch, or the error that a sample raised, which a DataLoader would turn into a traceback."""
 
-    def __init__(self, samples: torch.utils.data.Dataset):
+    def __init__(self, samples: Dataset):
         self.samples = samples
 
     def __getitem__(self, positions: range) -> Batch | Exception:
@@ -420,9 +445,7 @@ def ignore_signals(_worker: int) -> None:
 
 
 @contextmanager
-def read_ahead(
-    samples: torch.utils.data.Dataset, positions: Iterator[range], workers: int, pin: bool
-) -> Iterator[Iterator[Batch]]:
+def read_ahead(samples: Dataset, positions: Iterator[range], workers: int, pin: bool) -> Iterator[Iterator[Batch]]:
     """Yields the batches at these positions, read ahead by processes that end with the context.
 
     pin: into memory from which a GPU can copy by itself. Raises what a sample raised (ValueError, OSError), and
@@ -452,64 +475,16 @@ def read_ahead(
                     worker.kill()
 
 
-# --- shim ---
-class Split(NamedTuple):
-    train: list
-    val: list
-    test: list
-    notes: list = []
+# ----------------------------------------------------------------------------------------------------------
+# The latents of a training set, encoded once: the frozen VAE need not run in every step
+#
+# images of the training size -> all 8 flips and rotations -> VAE encoder -> float16 -> one memory-mapped file
+#
+# A sample from the cache is the sample that `PairDataset` would have read and the model encoded in float32, up to the
+# rounding to float16. The cache is bound to the VAE, the files and the size by a fingerprint.
 
 
-_split = split_pairs
-
-
-def split_pairs(pairs, seed=0):
-    a, b = _split(pairs, seed)
-    return Split(a, b, b, [])
-
-
-def cut_large(pairs, size, cached):
-    return pairs
-
-
-from images import Reading
-
-
-def decide_reading(pairs, reading):
-    return reading._replace(sar="full", eo="full"), []
-
-
-_rp = read_pair
-
-
-def read_pair(pair, reading=None, cut=lambda a, b: (a, b)):
-    return _rp(pair, cut)
-
-
-def read_center(pair, size, reading=None):
-    return _rp(pair, lambda sar, eo: (center_crop(sar, size), center_crop(eo, size)))
-
-
-class PairDataset(PairDataset):
-    def __init__(self, pairs, size, seed=0, flips=True, reading=None):
-        super().__init__(pairs, size, seed, flips)
-
-    def __getitem__(self, position):
-        def cut(*images):
-            top, left, orientation = self.augmentation(position, *images[0].shape[-2:])
-            return tuple(orient(x[..., top : top + self.size, left : left + self.size], orientation) for x in images)
-
-        return _rp(self.pair(position), cut)
-
-
-import shutil
-from math import prod
-from cdiffset import CDiffSET
-from common import exclusive, write_json
-from weights import network_digest
-
-
-class CachedLatents(torch.utils.data.Dataset):
+class CachedLatents(Dataset):
     """The samples of `pairs` as latents: position -> (z_sar, z_eo), each float32 (C, h, w). See `build_cache`."""
 
     def __init__(self, folder: Path, pairs: PairDataset):
@@ -526,12 +501,13 @@ class CachedLatents(torch.utils.data.Dataset):
 
 
 def fingerprint(model: CDiffSET, pairs: PairDataset) -> str:
-    """What the cached numbers depend on: the VAE, the files (name, length, time of change), the size."""
-    digest = hashlib.sha256(f"{network_digest(model.vae)} {pairs.size}".encode())
+    """What the cached numbers depend on: VAE, size, reading, and the files' names, lengths and times of change."""
+    digest = hashlib.sha256(f"{network_digest(model.vae)} {pairs.size} {tuple(pairs.reading)}".encode())
     for pair in pairs.pairs:
         for path in (pair.sar, pair.eo):
             state = path.stat()
-            digest.update(f"\0{path.name}\0{state.st_size}\0{state.st_mtime_ns}".encode(errors="surrogateescape"))
+            about = (path.name, state.st_size, state.st_mtime_ns, *(pair.window or ()))
+            digest.update("\0".join(map(str, ("", *about))).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -553,8 +529,8 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
         held = file.stat().st_size if file.exists() else 0
         if was != about:
             if was is not None and held:
-                what = "the cache of another model, dataset (or copied files), split (--seed), --size or --no-flips"
-                raise ValueError(f"{folder} holds {what}: delete it, or name another folder")
+                what = "model, dataset (or copied files), split (--seed), --size, --no-flips or --scale"
+                raise ValueError(f"{folder} holds the cache of another {what}: delete it, or name another folder")
             file.unlink(missing_ok=True)
             held = 0
             write_json(manifest, about)
@@ -568,11 +544,10 @@ def build_cache(model: CDiffSET, pairs: PairDataset, folder: Path) -> None:
             with file.open("ab") as output:
                 output.truncate(done * record)
                 for pair in tqdm(pairs.pairs[done:], initial=done, total=len(pairs), unit="pair", desc="encoding"):
-                    images = torch.stack(_rp(pair))  # (2, 3, H, W)
+                    images = torch.stack(read_pair(pair, pairs.reading))  # (2, 3, H, W)
                     if images.shape[2:] != (pairs.size, pairs.size):
                         size = f"{images.shape[3]}x{images.shape[2]} pixels, not --size {pairs.size}"
-                        advice = "train without --cache, or cut the images first"
-                        raise ValueError(f"{pair.sar}: {size}; random crops cannot be cached: {advice}")
+                        raise ValueError(f"{pair.sar}: {size}")
                     turned = torch.cat([orient(images, i) for i in range(orientations)])
                     latents = model.encode(turned).cpu().numpy().astype(np.float16)
                     output.write(latents.tobytes())

@@ -32,24 +32,14 @@ import train
 from cdiffset import CDiffSET, add_variance_channel, denoise
 from checkpoint import read_table, run_folder
 from common import DEVICE_HELP, Parser, atomic, choose_device, positive, run, seed_number, write_json
-from data import (
-    Pair,
-    PairDataset,
-    dataset_name,
-    decide_reading,
-    evenly,
-    find_pairs,
-    held_out_pairs,
-    read_batches,
-    read_center,
-    split_pairs,
-)
+from data import Pair, PairDataset, dataset_name, decide_reading, evenly, find_pairs, read_batches, read_center
 from experiments import synth
 from experiments.land_cover import land_cover_agreement
 from experiments.report import BLUE, GREEN, ORANGE, origin, plot, pyplot
 from images import Reading, to_uint8
 from metrics import look_up, psnr
 from sample import load_model
+from splits import held_out_pairs, split_pairs
 from train import MEASURED_AT, fit, objective, precision
 from unet import UNet
 from weights import network_digest

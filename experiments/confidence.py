@@ -25,13 +25,14 @@ from torch import Tensor
 
 from cdiffset import CDiffSET, pad_to_multiple
 from common import DEVICE_HELP, Parser, atomic, choose_device, positive, run, write_json
-from data import Pair, decide_reading, evenly, find_pairs, held_out_pairs, read_batches, read_pair, seed_of
+from data import Pair, decide_reading, evenly, find_pairs, read_batches, read_pair, seed_of
 from evaluate import markdown, training_colours
 from experiments.report import BLUE, GREEN, GREY, ORANGE, PURPLE, origin, plot, pyplot
 from experiments.synth import mask_path, read_mask
 from images import Reading
 from metrics import local_mean, look_up
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
+from splits import held_out_pairs
 
 KINDS = {"only in SAR": 1, "only in EO": 2}  # values of the change masks
 UNCERTAINTY = "1 / confidence"

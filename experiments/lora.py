@@ -20,9 +20,10 @@ import train
 from cdiffset import CDiffSET
 from checkpoint import read_table
 from common import DEVICE_HELP, Parser, atomic, choose_device, positive, run, seed_number, write_json
-from data import decide_reading, evenly, find_pairs, read_batches, read_center, split_pairs
+from data import decide_reading, evenly, find_pairs, read_batches, read_center
 from experiments.report import cell, origin
 from images import Reading
+from splits import split_pairs
 
 BATCH = 16  # pairs, in training and scoring
 FULL = "full fine-tuning"
@@ -34,7 +35,8 @@ def trained(args: argparse.Namespace, rank: int | None, seed: int, steps: int) -
     options = {
         "data": args.data, "model": args.base, "out": out, "steps": steps, "seed": seed, "size": args.size,
         "batch-size": BATCH, "lr": args.lr if rank is None else args.lora_lr, "dtype": args.dtype, "workers": 0,
-        "device": args.device, "ema": 0.99, "save-every": 100, "validate-every": max(1, steps // 2), "validate-images": 16,
+        "device": args.device, "ema": 0.99, "save-every": 100, "validate-every": max(1, steps // 2),
+        "validate-images": 16,
     }  # fmt: skip
     if rank is not None:
         options["lora"] = rank

@@ -22,10 +22,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common import Parser, run
-from data import evenly, find_pairs, held_out_pairs, read_pair
+from data import evenly, find_pairs, read_pair
 from images import grid, read_raster, save_image, to_uint8
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scene import starts
+from splits import held_out_pairs
 
 PAIRS = 10  # of the strip
 TILE, FACTOR = 512, 4  # pixels: sample.py's tile for models/tiny, and the factor of its VAE

@@ -23,9 +23,10 @@ import train
 from cdiffset import CDiffSET
 from checkpoint import run_folder
 from common import DEVICE_HELP, Parser, choose_device, positive, run, seed_number
-from data import PairDataset, dataset_name, decide_reading, describe, find_pairs, read_center, split_pairs
+from data import PairDataset, dataset_name, decide_reading, describe, find_pairs, read_center
 from images import Reading
 from scheduler import DDPMScheduler
+from splits import split_pairs
 from train import fit, sample_noise
 from unet import UNet
 from vae import AutoencoderKL

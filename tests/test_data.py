@@ -1,17 +1,23 @@
-"""data.py: layouts, splits without leaks, augmentation, the order of the samples."""
+"""data.py: layouts, one reading for a dataset, augmentation, the order of the samples, the cache of their latents."""
 
-import json
-from pathlib import Path
+import os
+import resource
+import shutil
+from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
-from image_files import geotiff, noise, picture
+from conftest import run, run_with_kills, write_base
+from image_files import RNG, geotiff, noise, picture
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
 import images
+from cdiffset import CDiffSET
+from data import CachedLatents, PairDataset, build_cache, find_pairs
+from images import Reading
 
 
 def sen12(root, scenes=5, patches=4):
@@ -23,23 +29,14 @@ def sen12(root, scenes=5, patches=4):
     return root
 
 
-def pairs_of(*scenes):
-    return [data.Pair(Path(f"s{i}.png"), Path(f"e{i}.png"), scene, None) for i, scene in enumerate(scenes)]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Layouts
 
-PICTURES = {  # layout: some SAR images, their EO images, the scenes
+SN6 = "SN6_Train_AOI_11_Rotterdam_{}_20190804111224_20190804111453_tile_1.tif"
+LAYOUTS = {  # some SAR images, their EO images, the scenes
     "SEN1-2": (
-        [
-            "ROIs1158_spring/s1_0/ROIs1158_spring_s1_0_p30.png",
-            "ROIs1158_spring/s1_7/ROIs1158_spring_s1_7_p3.png",
-        ],
-        [
-            "ROIs1158_spring/s2_0/ROIs1158_spring_s2_0_p30.png",
-            "ROIs1158_spring/s2_7/ROIs1158_spring_s2_7_p3.png",
-        ],
+        ["ROIs1158_spring/s1_0/ROIs1158_spring_s1_0_p30.png", "ROIs1158_spring/s1_7/ROIs1158_spring_s1_7_p3.png"],
+        ["ROIs1158_spring/s2_0/ROIs1158_spring_s2_0_p30.png", "ROIs1158_spring/s2_7/ROIs1158_spring_s2_7_p3.png"],
         ["ROIs1158_spring_0", "ROIs1158_spring_7"],
     ),
     "SEN1-2 by terrain": (
@@ -52,73 +49,57 @@ PICTURES = {  # layout: some SAR images, their EO images, the scenes
         ["opt_256_oc_0.2/1.png", "opt_256_oc_0.2/20.png"],
         ["1", "20"],
     ),
-    "SAR2Opt": (
-        ["testA/3 b.png", "trainA/x.png"],
-        ["testB/3 b.png", "trainB/x.png"],
-        ["test_3 b", "train_x"],
-    ),
-    "sar/ and eo/": (
-        ["sar/more/b.JPG", "sar/ü.png"],
-        ["eo/more/b.JPG", "eo/ü.png"],
-        ["more", "ü"],
-    ),
-}
-GEOTIFFS = {
+    "SAR2Opt": (["testA/3 b.png", "trainA/x.png"], ["testB/3 b.png", "trainB/x.png"], ["test_3 b", "train_x"]),
+    "sar/ and eo/": (["sar/more/b.JPG", "sar/ü.png"], ["eo/more/b.JPG", "eo/ü.png"], ["more", "ü"]),
     "SEN12MS": (
         ["ROIs1158_spring/s1_1/ROIs1158_spring_s1_1_p30.tif"],
         ["ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p30.tif"],
         ["ROIs1158_spring_1"],
     ),
     "SpaceNet6": (
-        ["SAR-Intensity/SN6_Train_AOI_11_Rotterdam_SAR-Intensity_20190804111224_20190804111453_tile_1.tif"],
-        ["PS-RGB/SN6_Train_AOI_11_Rotterdam_PS-RGB_20190804111224_20190804111453_tile_1.tif"],
+        [f"SAR-Intensity/{SN6.format('SAR-Intensity')}"],
+        [f"PS-RGB/{SN6.format('PS-RGB')}"],
         ["20190804111224_20190804111453"],
     ),
 }
 
 
-@pytest.mark.parametrize("below", ["", "unpacked/here/"])
-@pytest.mark.parametrize("layout", [*PICTURES, *GEOTIFFS])
-def test_every_layout_is_recognised_from_the_folder_alone(tmp_path, layout, below):
-    sars, eos, scenes = {**PICTURES, **GEOTIFFS}[layout]
+@pytest.mark.parametrize("below", ["", "unpacked/here/", "Valid/"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_and_split_is_recognised_from_the_folders_alone(tmp_path, layout, below):
+    sars, eos, scenes = LAYOUTS[layout]
     for name in sars + eos:
         (tmp_path / below / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / below / name).touch()
     (tmp_path / "README.txt").touch()
-    found = data.find_pairs(tmp_path)
+    found = find_pairs(tmp_path)
     assert found.layout == layout and not found.unpaired
     assert [p.sar.relative_to(tmp_path / below).as_posix() for p in found.pairs] == sars
     assert [p.eo.relative_to(tmp_path / below).as_posix() for p in found.pairs] == eos
     assert [p.scene for p in found.pairs] == scenes
+    by_folders = ["test", "train"] if layout == "SAR2Opt" else [("val" if below == "Valid/" else None)] * len(sars)
+    assert [p.split for p in found.pairs] == by_folders
 
 
 def test_in_folders_sar_and_eo_pair_whatever_their_endings_and_two_of_one_name_are_refused(tmp_path):
     picture(tmp_path / "sar" / "rome" / "1.tif")
     picture(tmp_path / "eo" / "rome" / "1.png")
-    (pair,) = data.find_pairs(tmp_path).pairs
+    (pair,) = find_pairs(tmp_path).pairs
     assert (pair.sar.name, pair.eo.name, pair.scene) == ("1.tif", "1.png", "rome")
     picture(tmp_path / "eo" / "rome" / "1.jpg")
     with pytest.raises(ValueError, match=r"1\.\w+' and '.*1\.\w+' differ only in their endings"):
-        data.find_pairs(tmp_path)
+        find_pairs(tmp_path)
 
 
-def test_geotiff_layouts_are_read_as_the_paper_says(tmp_path):
-    sars, eos, _ = GEOTIFFS["SpaceNet6"]
-    sar = np.stack([np.linspace(0, 10 + i, 32 * 32, dtype="float32").reshape(32, 32) for i in range(4)])
-    geotiff(tmp_path / sars[0], sar)
-    geotiff(tmp_path / eos[0], noise(3, 32, 32))
-    image = images.read_sar(tmp_path / sars[0])
+def test_spacenet6_is_read_as_the_paper_says(tmp_path):
+    sar = np.stack([np.linspace(1, 10 + i, 32 * 32, dtype="float32").reshape(32, 32) for i in range(4)])
+    path = geotiff(tmp_path / "SAR-Intensity" / SN6.format("SAR-Intensity"), sar)
+    geotiff(tmp_path / "PS-RGB" / SN6.format("PS-RGB"), noise(3, 32, 32))
     low, high = np.percentile(sar, (1, 99), axis=(1, 2))
     x = (np.clip(sar.transpose(1, 2, 0), low, high) - low) / (high - low) * 2 - 1
     expected = np.stack((x[..., 0], (x[..., 1] + x[..., 2]) / 2, x[..., 3]))
-    assert np.allclose(image, expected, atol=1e-5)
-    assert "4 band(s) of float32" in "".join(data.describe(data.find_pairs(tmp_path)))
-
-    sars, eos, _ = GEOTIFFS["SEN12MS"]
-    reflectance = np.zeros((13, 16, 16), "uint16")
-    reflectance[3], reflectance[2], reflectance[1] = 3000, 1500, 0  # red, green, blue
-    eo = images.read_eo(geotiff(tmp_path / eos[0], reflectance))
-    assert [float(c.unique()) for c in eo] == [1, 0, -1]
+    assert np.allclose(images.read_sar(path), expected, atol=1e-5)
+    assert "4 band(s) of float32" in "".join(data.describe(find_pairs(tmp_path)))
 
 
 @pytest.mark.parametrize("total, number", [(199, 100), (63, 32), (10, 3), (5, 9)])
@@ -129,35 +110,11 @@ def test_a_choice_of_pairs_is_spread_over_all_of_them(total, number):
     assert chosen[0] == 0 and gaps.max() - gaps.min() <= 1
 
 
-def test_the_held_out_pairs_are_those_of_the_split_beside_the_model(tmp_path, monkeypatch):
-    """Also if both sides of SAR2Opt have equal names, and if the model is named from within."""
-    for name in ("trainA/1.png", "trainB/1.png", "testA/1.png", "testB/1.png"):
-        picture(tmp_path / name)
-    pairs = data.find_pairs(tmp_path).pairs
-    model = tmp_path / "run" / "model"
-    model.mkdir(parents=True)
-    test = [pair.scene for pair in pairs if pair.split == "test"]
-    (model.parent / "split.json").write_text(json.dumps({"scenes": {"test": test}}))
-    monkeypatch.chdir(model)
-    for path in (model, Path()):
-        train, held_out, source = data.held_out_pairs(pairs, path)
-        assert [pair.split for pair in train] == ["train"] and [pair.split for pair in held_out] == ["test"]
-        assert source.endswith("split.json")
-
-
-def test_the_split_of_sar2opt_is_the_given_one(tmp_path):
-    for name in ("trainA/a", "trainB/a", "trainA/b", "trainB/b", "testA/c", "testB/c"):
-        picture(tmp_path / f"{name}.png")
-    train, test = data.split_pairs(data.find_pairs(tmp_path).pairs)
-    assert [p.sar.parent.name for p in train] == ["trainA"] * 2
-    assert [p.sar.parent.name for p in test] == ["testA"]
-
-
 def test_what_has_no_partner_is_counted_and_named(tmp_path):
     sen12(tmp_path)
     lost = tmp_path / "ROIs1158_spring/s2_0/ROIs1158_spring_s2_0_p1.png"
     lost.unlink()
-    found = data.find_pairs(tmp_path)
+    found = find_pairs(tmp_path)
     assert len(found.pairs) == 39
     assert [path.name for path in found.unpaired] == ["ROIs1158_spring_s1_0_p1.png"]
     text = "\n".join(data.describe(found))
@@ -165,13 +122,14 @@ def test_what_has_no_partner_is_counted_and_named(tmp_path):
     assert "1 image(s) without a partner" in text and "s1_0_p1.png" in text
 
 
-def test_masks_beside_the_pairs_are_ignored_but_can_be_asked_for(tmp_path):
-    sen12(tmp_path)
-    mask = picture(tmp_path / "ROIs1158_spring/change_0/ROIs1158_spring_change_0_p0.png")
-    found = data.find_pairs(tmp_path)
-    assert len(found.pairs) == 40 and not found.unpaired
-    assert data.mask_path(found.pairs[0], "change") == mask
-    assert data.mask_path(found.pairs[0], "class") is None
+def test_two_polarisations_in_two_files_are_named_with_the_command_that_makes_them_one(tmp_path):
+    for name in ("sar/S1_VV.tif", "sar/S1_VH.tif", "eo/S1.png"):
+        picture(tmp_path / name)
+    with pytest.raises(ValueError, match=r"none has a partner.*rio stack S1_V[VH].tif S1_V[VH].tif -o"):
+        find_pairs(tmp_path)
+    for name in ("sar/other.png", "eo/other.png"):
+        picture(tmp_path / name)
+    assert "rio stack" in "".join(data.describe(find_pairs(tmp_path)))
 
 
 def test_hidden_files_and_loops_of_links_do_no_harm(tmp_path):
@@ -180,7 +138,7 @@ def test_hidden_files_and_loops_of_links_do_no_harm(tmp_path):
         picture(tmp_path / kind / "._a.png")
     (tmp_path / "sar" / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "sar" / "dead.png").symlink_to(tmp_path / "nowhere")
-    found = data.find_pairs(tmp_path)
+    found = find_pairs(tmp_path)
     assert [p.sar.name for p in found.pairs] == ["a.png"]
     assert [path.name for path in found.unpaired] == ["dead.png"]
 
@@ -199,54 +157,86 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path, files, message):
     for name in files:
         picture(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
     with pytest.raises(ValueError, match=message) as caught:
-        data.find_pairs(tmp_path)
+        find_pairs(tmp_path)
     assert tmp_path.name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_file_or_nothing_is_no_folder(tmp_path):
     for path in (picture(tmp_path / "a.png"), tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="is not a folder"):
-            data.find_pairs(path)
+            find_pairs(path)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Splits
+# One reading for a dataset
+
+LINEAR = RNG.gamma(4, 0.02, (2, 32, 32)).astype("float32")
+RGB = noise(3, 32, 32)
+SARS = {
+    "db": 10 * np.log10(LINEAR),
+    "linear": LINEAR,
+    "amplitude": (600 * np.sqrt(LINEAR)).astype("uint16"),
+    "full": noise(1, 32, 32),
+    "nothing": np.zeros((2, 32, 32), "float32"),
+}
+EOS = {"full": RGB, "reflectance": noise(3, 32, 32, dtype="uint16", high=4000), "dark": RGB.astype("uint16")}
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_scene_is_on_both_sides(seed):
-    sizes = np.random.default_rng(seed).integers(1, 30, 2 + 3 * seed)
-    pairs = pairs_of(*(f"scene {i}" for i, size in enumerate(sizes) for _ in range(size)))
-    train, test = data.split_pairs(pairs, seed)
-    assert train and test and sorted(train + test) == sorted(pairs)
-    assert not {p.scene for p in train} & {p.scene for p in test}
-    if len(sizes) > 10:
-        assert 0.15 < len(test) / len(pairs) < 0.25
+def pairs_of(root, kinds, colours):
+    """Pairs in the plain layout, of these kinds of numbers."""
+    for i, (kind, colour) in enumerate(zip(kinds, colours)):
+        geotiff(root / f"sar/{i}.tif", SARS[kind], names=("VV", "VH")[: len(SARS[kind])], east=1e4 * i)
+        geotiff(root / f"eo/{i}.tif", EOS[colour], east=1e4 * i)
+    return find_pairs(root).pairs
 
 
-def test_the_terrains_of_one_scene_stay_together(tmp_path):
-    for terrain in ("agri", "urban"):
-        for scene in range(4):
-            for kind in ("s1", "s2"):
-                picture(tmp_path / terrain / kind / f"ROIs1868_summer_{kind}_{scene}_p{len(terrain)}.png")
-    train, test = data.split_pairs(data.find_pairs(tmp_path).pairs)
-    assert len(train) == 6 and {p.sar.parts[-3] for p in test} == {"agri", "urban"}
+@pytest.mark.parametrize("colour", ["full", "reflectance"])
+@pytest.mark.parametrize("kind", ["db", "linear", "amplitude", "full"])
+def test_what_most_images_are_is_decided_once_and_said_in_a_line_each(tmp_path, kind, colour):
+    pairs = pairs_of(tmp_path, [kind] * 3, [colour] * 3)
+    reading, lines = data.decide_reading(pairs)
+    assert reading == Reading(kind, None, colour) and len(lines) == 2
+    assert "--scale or --stretch" in lines[0] and "--eo-scale" in lines[1]
+    for a, b in zip(PairDataset(pairs, 32, reading=reading)[0], PairDataset(pairs, 32)[0]):
+        assert torch.equal(a, b)
 
 
-def test_the_split_depends_on_seed_and_names_alone():
-    pairs = pairs_of(*(f"scene {i // 3}" for i in range(60)))
-    assert data.split_pairs(pairs, 1) == data.split_pairs(pairs, 1)
-    assert data.split_pairs(pairs, 1) != data.split_pairs(pairs, 2)
-    _, test = data.split_pairs(pairs, 1)
-    _, test_of_reversed = data.split_pairs(pairs[::-1], 1)
-    assert sorted(test) == sorted(test_of_reversed)
-    assert sorted({p.scene for p in test}) == ["scene 1", "scene 16", "scene 2", "scene 3"]  # on any machine
+def test_an_image_that_looks_otherwise_is_named_and_read_like_the_others(tmp_path):
+    pairs = pairs_of(tmp_path, ["db", "linear", "db", "nothing"], ["reflectance"] * 3 + ["dark"])
+    reading, lines = data.decide_reading(pairs)
+    assert reading == Reading("db", None, "reflectance")
+    assert "1.tif" in lines[1] and "3.tif" in lines[1] and "3.tif" in lines[3] and "2 of 4" in lines[1]
+    sar, eo = data.read_pair(pairs[3], reading)
+    assert sar.eq(-1).all() and eo.max() < -0.8
+    sar, _ = data.read_pair(pairs[1], reading)
+    assert sar.eq(1).float().mean() > 0.9  # intensities as dB
 
 
-@pytest.mark.parametrize("scenes", [[], ["a"], ["a", "a", "a"]])
-def test_fewer_than_two_scenes_cannot_be_split(scenes):
-    with pytest.raises(ValueError, match="too few scenes"):
-        data.split_pairs(pairs_of(*scenes))
+@pytest.mark.parametrize(("majority", "odd"), [("db", "full"), ("full", "db"), ("db", "amplitude"), ("linear", "full")])
+def test_an_image_whose_numbers_cannot_be_what_the_others_are_is_refused(tmp_path, majority, odd):
+    pairs = pairs_of(tmp_path, [majority, odd, majority], ["full"] * 3)
+    with pytest.raises(ValueError, match=rf"1\.tif.*which cannot be {majority}"):
+        data.decide_reading(pairs)
+    reading, _ = data.decide_reading(pairs[::2])
+    with pytest.raises(ValueError, match=r"1\.tif"):
+        data.read_pair(pairs[1], reading)
+
+
+def test_what_is_wanted_is_not_looked_for(tmp_path):
+    pairs = pairs_of(tmp_path, ["db"] * 2, ["reflectance"] * 2)
+    assert data.decide_reading(pairs, Reading("linear", None, "full"))[0] == Reading("linear", None, "full")
+    reading, lines = data.decide_reading(pairs, Reading(stretch=[10, 90]))
+    assert reading == Reading("linear", (10, 90), "reflectance") and "(10 and 90)" in lines[0]
+    with pytest.raises(ValueError, match=r"\.tif.*cannot be full"):
+        data.decide_reading(pairs, Reading("full"))
+
+
+def test_bands_that_are_left_out_are_said_once(tmp_path):
+    for i in range(3):
+        geotiff(tmp_path / f"sar/{i}.tif", np.stack([*SARS["db"], SARS["db"][0]]), names=("VV", "VH", "angle"))
+        geotiff(tmp_path / f"eo/{i}.tif", RGB)
+    lines = data.decide_reading(find_pairs(tmp_path).pairs)[1]
+    assert [line.count("'angle'") for line in lines] == [1, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -268,11 +258,11 @@ def one_picture_twice(folder, height, width):
         (folder / kind).mkdir()
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / kind / "a.png")
-    return data.find_pairs(folder).pairs
+    return find_pairs(folder).pairs
 
 
 def test_both_images_are_augmented_alike(tmp_path):
-    pairs = data.PairDataset(one_picture_twice(tmp_path, 20, 30), 16)
+    pairs = PairDataset(one_picture_twice(tmp_path, 20, 30), 16)
     samples = [pairs[position] for position in range(50)]
     assert all(sar.shape == (3, 16, 16) and torch.equal(sar, eo) for sar, eo in samples)
     assert len({sar.numpy().tobytes() for sar, _ in samples}) > 25
@@ -280,7 +270,7 @@ def test_both_images_are_augmented_alike(tmp_path):
 
 def test_without_flips_a_sample_is_a_crop_and_no_more(tmp_path):
     pairs = one_picture_twice(tmp_path, 16, 16)
-    ours, flipped = (data.PairDataset(pairs, 16, flips=flips) for flips in (False, True))
+    ours, flipped = (PairDataset(pairs, 16, flips=flips) for flips in (False, True))
     assert all(torch.equal(ours[position][0], ours[0][0]) for position in range(20))
     assert len({flipped[position][0].numpy().tobytes() for position in range(200)}) == 8
 
@@ -327,40 +317,30 @@ def test_a_crop_larger_than_the_image_is_refused():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return data.find_pairs(sen12(tmp_path_factory.mktemp("sen12"), scenes=2, patches=3)).pairs
+    return find_pairs(sen12(tmp_path_factory.mktemp("sen12"), scenes=2, patches=3)).pairs
 
 
 def load(pairs, start, stop, seed=0, workers=0, **ranks):
-    dataset = data.PairDataset(pairs, 8, seed)
-    loader = DataLoader(dataset, batch_sampler=data.batch_positions(start, stop, 4, **ranks), num_workers=workers)
-    return list(loader)
+    dataset = PairDataset(pairs, 8, seed)
+    return list(DataLoader(dataset, batch_sampler=data.batch_positions(start, stop, 4, **ranks), num_workers=workers))
 
 
 def equal(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for xs, ys in zip(a, b) for x, y in zip(xs, ys))
 
 
-def test_workers_do_not_change_the_samples(pairs):
-    assert equal(load(pairs, 0, 7), load(pairs, 0, 7, workers=2))
-
-
-def test_the_seed_does(pairs):
-    assert not equal(load(pairs, 0, 2), load(pairs, 0, 2, seed=1))
-
-
-def test_resuming_at_a_step_gives_the_rest_of_the_run(pairs):
-    assert equal(load(pairs, 0, 7)[4:], load(pairs, 4, 7))
-
-
-def test_ranks_share_each_batch(pairs):
-    whole = load(pairs, 0, 5)
+def test_samples_depend_on_seed_and_position_alone(pairs):
+    whole = load(pairs, 0, 7)
+    assert equal(whole, load(pairs, 0, 7, workers=2))
+    assert equal(whole[4:], load(pairs, 4, 7))  # a resumed run
+    assert not equal(whole, load(pairs, 0, 7, seed=1))
     for rank in range(2):
-        part = load(pairs, 0, 5, rank=rank, world=2)
+        part = load(pairs, 0, 7, rank=rank, world=2)
         assert equal(part, [[x[rank::2] for x in batch] for batch in whole])
 
 
 def test_each_epoch_sees_every_pair_once_in_another_order_and_place(pairs):
-    dataset = data.PairDataset(pairs, 8)
+    dataset = PairDataset(pairs, 8)
     epochs = [[dataset.pair(e * len(pairs) + i) for i in range(len(pairs))] for e in range(3)]
     assert all(sorted(epoch) == sorted(pairs) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -378,14 +358,137 @@ def test_testing_is_from_the_centre(pairs):
 def test_a_pair_of_unequal_sizes_is_named_with_both_sizes(tmp_path):
     picture(tmp_path / "sar/a.png", noise(16, 24))
     picture(tmp_path / "eo/a.png", noise(16, 16))
-    dataset = data.PairDataset(data.find_pairs(tmp_path).pairs, 8)
+    dataset = PairDataset(find_pairs(tmp_path).pairs, 8)
     with pytest.raises(ValueError, match=r"sar/a\.png' is 24x16 but .*eo/a\.png' is 16x16"):
         dataset[0]
 
 
 @pytest.mark.parametrize(
-    "read", [lambda pairs: data.read_center(pairs[0], 32), lambda pairs: data.PairDataset(pairs, 32)[0]]
+    "read", [lambda pairs: data.read_center(pairs[0], 32), lambda pairs: PairDataset(pairs, 32)[0]]
 )
 def test_an_image_smaller_than_the_crop_is_named(pairs, read):
     with pytest.raises(ValueError, match=r"_s1_.*\.png.*16x16 pixels is smaller than the crop of 32x32"):
         read(pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The cache
+
+
+@pytest.fixture(scope="module")
+def samples(dataset):
+    return PairDataset(find_pairs(dataset).pairs, size=64, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return CDiffSET.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def folder(model, samples, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    build_cache(model, samples, folder)
+    return folder
+
+
+@torch.no_grad()
+def test_a_cached_sample_is_the_sample_encoded_in_every_orientation(model, samples, folder):
+    latents, orientations = CachedLatents(folder, samples), set()
+    for position in range(60):
+        encoded = model.encode(torch.stack(samples[position]))
+        cached = torch.stack(latents[position])
+        assert cached.dtype == torch.float32 and cached.shape == (2, 4, 16, 16)
+        torch.testing.assert_close(cached, encoded, rtol=2**-10, atol=1e-5)
+        orientations.add(samples.augmentation(position, 64, 64)[2])
+    assert orientations == set(range(8))
+
+
+@torch.no_grad()
+def test_without_flips_the_cache_holds_one_orientation(model, samples, tmp_path):
+    upright = PairDataset(samples.pairs, 64, flips=False)
+    build_cache(model, upright, tmp_path)
+    assert (tmp_path / "latents.bin").stat().st_size == len(samples) * 2 * 4 * 16 * 16 * 2
+    latents = CachedLatents(tmp_path, upright)
+    for position in range(10):
+        encoded = model.encode(torch.stack(upright[position]))
+        torch.testing.assert_close(torch.stack(latents[position]), encoded, rtol=2**-10, atol=1e-5)
+
+
+@torch.no_grad()
+def test_encoding_an_oriented_image_is_not_orienting_the_latent(model, samples):
+    """So the cache must hold all eight: this is what the test above would not see with a symmetric encoder."""
+    sar = samples[0][0][None]
+    difference = model.encode(sar.flip(-1)) - model.encode(sar).flip(-1)
+    assert float(difference.abs().max()) > 0.01
+
+
+def test_the_cache_takes_the_room_that_the_docstring_says(samples, folder):
+    assert (folder / "latents.bin").stat().st_size == len(samples) * 8 * 2 * 4 * 16 * 16 * 2
+
+
+def test_a_cache_killed_at_random_moments_goes_on_to_the_same_bytes(base, samples, folder, tmp_path):
+    def main(arguments):
+        build_cache(CDiffSET.from_pretrained(base), samples, tmp_path / arguments[0])
+
+    run_with_kills(main, ["undisturbed"], ["cache"], kills=4, share=0.4)
+    for name in ("latents.bin", "cache.json"):
+        assert (tmp_path / "cache" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_only_what_is_missing_is_encoded_again(model, samples, folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "cache")
+    whole = (copy / "latents.bin").read_bytes()
+    record = len(whole) // len(samples)
+    (copy / "latents.bin").write_bytes(whole[: 17 * record + 100])  # the 18th was being written
+    seen, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda image: seen.append(len(image)) or encode(image))
+    build_cache(model, samples, copy)
+    assert seen == [16] * 3 and (copy / "latents.bin").read_bytes() == whole
+    build_cache(model, samples, copy)
+    assert len(seen) == 3
+
+
+def test_the_cache_of_another_vae_dataset_or_size_is_refused_and_left_alone(model, samples, folder, dataset, tmp_path):
+    other_vae = CDiffSET.from_pretrained(write_base(tmp_path / "other", seed=1))
+    scaled = CDiffSET.from_pretrained(tmp_path / "other")
+    scaled.vae.load_state_dict(model.vae.state_dict())
+    scaled.vae.scaling_factor = scaled.vae.config["scaling_factor"] = 0.5
+    touched = shutil.copytree(dataset, tmp_path / "touched")
+    os.utime(next(touched.rglob("*_s1_*.png")), (0, 0))
+    before = (folder / "latents.bin").read_bytes()
+    for changed, others in (
+        (other_vae, samples),
+        (scaled, samples),
+        (model, PairDataset(samples.pairs[1:], 64)),
+        (model, PairDataset(samples.pairs, 32)),
+        (model, PairDataset(find_pairs(touched).pairs, 64)),
+        (model, PairDataset(samples.pairs, 64, flips=False)),
+        (model, PairDataset(samples.pairs, 64, reading=Reading(stretch=(1, 99)))),
+        (model, PairDataset([pair._replace(window=(0, 0, 64, 64)) for pair in samples.pairs], 64)),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="another model, dataset .or copied files., split .--seed., --size, --no-flips or --scale: del",
+        ):
+            build_cache(changed, others, folder)
+    assert (folder / "latents.bin").read_bytes() == before
+    build_cache(model, PairDataset(samples.pairs, 64, seed=4), folder)  # another order of the same pairs is fine
+
+
+def test_too_little_disk_is_said_before_anything_is_encoded(model, samples, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: usage(free=1000))
+    with pytest.raises(ValueError, match=r"too little disk, it takes 0.0 GB for the cache, and 0.0 GB are free"):
+        build_cache(model, samples, tmp_path)
+    assert not (tmp_path / "latents.bin").exists()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_cache_goes_on(base, samples, folder, tmp_path):
+    def main():
+        build_cache(CDiffSET.from_pretrained(base), samples, tmp_path / "cache")
+
+    code, line = run(main, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    assert code == 2 and line.startswith("error: ") and "latents.bin" in line and "File too large" in line
+    assert run(main)[0] == 0
+    assert (tmp_path / "cache" / "latents.bin").read_bytes() == (folder / "latents.bin").read_bytes()

@@ -1,0 +1,233 @@
+"""Which pairs train and which test: large ones cut into blocks, and no ground on both sides.
+
+pairs -> cut_large -> split_pairs -> Split      split_names -> split.json -> held_out_pairs -> the same Split
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import read_json
+from data import LOOKED_AT, Pair, evenly, seed_of
+from images import image_size
+from rasters import needs_rasterio, open_geotiff
+
+TEST_SHARE = 0.2  # of the pairs, where a dataset has no split of its own
+LARGE = 2**20  # pixels: an image that takes much longer to decode than a crop to train on
+FEW_SCENES = 5  # below, a part of each scene is held out rather than a whole scene
+
+
+class Split(NamedTuple):
+    train: list[Pair]
+    val: list[Pair]  # the test pairs, where the dataset has none of its own
+    test: list[Pair]
+    notes: list[str]  # lines to print
+
+
+def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> Split:
+    """The dataset's own split, else one by place, else by scene; pairs stay in the order given.
+
+    By place: georeferenced images along a straight line on the map, blocks of few large scenes along a line through
+    each. By scene: in an order that depends on the seed and the scenes' names alone, scenes go to the test side where
+    that brings it nearer to TEST_SHARE. ValueError: there is no split without a leak.
+    """
+    if own := _own_split(pairs):
+        return own
+    boxes, groups = _boxes(pairs), defaultdict(list)  # {map or file on which boxes lie, or None: numbers of pairs}
+    for i, box in enumerate(boxes):
+        groups[box and box[0]].append(i)
+    sides = np.full(len(pairs), "left out")
+    for where, members in groups.items():
+        if where is None:
+            test = _scenes_to_test([pairs[i].scene for i in members], seed)
+            sides[members] = ["test" if pairs[i].scene in test else "train" for i in members]
+        else:
+            sides[members] = _sides_of_a_line(np.array([boxes[i][1] for i in members]))
+    train, test = ([pair for pair, of in zip(pairs, sides) if of == side] for side in ("train", "test"))
+    if not train or not test:
+        scenes = len({pair.scene for pair in pairs})
+        reason = "all on the same ground, too near" if groups.keys() - {None} else "too few scenes"
+        raise ValueError(
+            f"{len(pairs)} pair(s) from {scenes} scene(s): {reason} to split without a leak; "
+            "add pairs of another place, or make folders train/ and test/"
+        )
+    straddling = len(pairs) - len(train) - len(test)
+    by_place = f"split by place; {straddling} pair(s) that straddle the line between train and test are left out"
+    return Split(train, test, test, [by_place] if groups.keys() - {None} else [])
+
+
+def _own_split(pairs: Sequence[Pair]) -> Split | None:
+    """The dataset's own split, if it has pairs to train on and pairs to test on."""
+    loose, train, val, test = ([p for p in pairs if p.split == side] for side in (None, "train", "val", "test"))
+    if not train:
+        loose, train = [], loose
+    if not train or not (val or test):
+        return None
+    notes = ["split as the dataset's folders say"]
+    if not val:
+        notes.append("it has no validation folder: training validates on its test images")
+    if not test:
+        notes.append("it has no test folder: its validation images are the test images, too")
+    if loose:
+        notes.append(f"{len(loose)} pair(s) outside of these folders are left out")
+    return Split(train, val or test, test or val, notes)
+
+
+def _scenes_to_test(scenes: Sequence[str], seed: int) -> set[str]:
+    """The scenes of about TEST_SHARE of the pairs; scenes: each pair's. None if there is only one."""
+    sizes = Counter(scenes)
+    order = sorted(sizes, key=lambda scene: seed_of(seed, scene))
+    test, taken = set(), 0
+    for scene in order[1:]:  # the first one always trains
+        if taken + sizes[scene] / 2 <= TEST_SHARE * len(scenes):
+            test.add(scene)
+            taken += sizes[scene]
+    return test or set(sorted(order[1:], key=sizes.__getitem__)[:1])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Places
+
+Box = tuple[float, float, float, float]  # left, low, right, high
+
+
+def _boxes(pairs: Sequence[Pair]) -> list[tuple[str, Box] | None]:
+    """Where pairs lie: (a map, or the file of their scene; the box there), or None where the files do not say."""
+    places = [_place(pair) if pair.by_place else None for pair in pairs]
+    if len({crs for crs, _ in filter(None, places)}) > 1:
+        from rasterio.warp import transform_bounds
+
+        world = "EPSG:4326"
+        places = [place and (world, transform_bounds(place[0], world, *place[1])) for place in places]
+    cut = [i for i, pair in enumerate(pairs) if pair.by_place and pair.window and not places[i]]
+    files, scenes = {pairs[i].sar for i in cut}, {pairs[i].scene for i in cut}
+    if len(files) == len(scenes) < FEW_SCENES:  # files of one scene may overlap
+        for i in cut:
+            top, left, height, width = pairs[i].window
+            places[i] = str(pairs[i].sar), (left, top, left + width, top + height)
+    return places
+
+
+def _place(pair: Pair) -> tuple[str, Box] | None:
+    """(coordinate system, box) of a pair on the map, if one of its images is georeferenced."""
+    for path in (pair.sar, pair.eo):
+        if path.suffix.lower() in (".tif", ".tiff") and needs_rasterio(path):
+            with open_geotiff(path) as dataset:
+                from rasterio.transform import from_gcps
+
+                points, crs = dataset.gcps
+                transform = from_gcps(points) if points else dataset.transform
+                if crs := crs or dataset.crs:
+                    top, left, height, width = pair.window or (0, 0, *dataset.shape)
+                    a, b, c, d, e, f = transform[:6]
+                    x, y = np.array([[left, left + width] * 2, [top, top, top + height, top + height]])
+                    x, y = a * x + b * y + c, d * x + e * y + f
+                    return crs.to_wkt(), (x.min(), y.min(), x.max(), y.max())
+    return None
+
+
+def _sides_of_a_line(boxes: np.ndarray) -> np.ndarray:
+    """(n, 4) boxes -> "train", "test" or "left out", those that straddle the line. All "train" if no line divides them.
+
+    The line is parallel to an axis: the one with the test side nearest to TEST_SHARE and the fewest boxes left out.
+    """
+    count, best, sides = len(boxes), np.inf, np.full(len(boxes), "train")
+    margin = 1e-6 * (boxes[:, 2:] - boxes[:, :2])  # computed borders of neighbours differ in their last bits
+    lows, highs = boxes[:, :2] + margin, boxes[:, 2:] - margin
+    for low, high, lines in zip(lows.T, highs.T, (boxes[:, [0, 2]], boxes[:, [1, 3]])):
+        lines = np.unique(lines)
+        train = np.searchsorted(np.sort(high), lines, "right")
+        test = count - np.searchsorted(np.sort(low), lines, "left")
+        cost = np.where(train * test > 0, abs(test - TEST_SHARE * count) + (count - train - test), np.inf)
+        if cost.min() < best:
+            best, line = cost.min(), lines[cost.argmin()]
+            sides = np.where(high <= line, "train", np.where(low >= line, "test", "left out"))
+    return sides
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Large images
+
+
+def cut_large(pairs: Sequence[Pair], size: int, cached: bool = False, decode_whole: bool = False) -> list[Pair]:
+    """Cuts pairs of large images into a grid of blocks of size x size pixels.
+
+    Large are images of more than LARGE pixels that are longer than two blocks; for a cache, any larger than a block.
+    Without a cache, none is cut if no image is large among LOOKED_AT of the dataset. ValueError: blocks cannot be read
+    singly, as from GeoTIFFs, and are not cached; decode_whole: no matter.
+    """
+
+    def is_large(height: int, width: int) -> bool:
+        return max(height, width) > size if cached else height * width > LARGE and max(height, width) > 2 * size
+
+    if not cached and not any(is_large(*image_size(pair.sar)) for pair in evenly(pairs, LOOKED_AT)):
+        return list(pairs)
+    cut = []
+    for pair in pairs:
+        height, width = image_size(pair.sar)
+        if pair.window or not is_large(height, width) or (height, width) != image_size(pair.eo):
+            cut.append(pair)  # of unequal sizes: read_pair will say so
+        elif cached or decode_whole or needs_rasterio(pair.sar) and needs_rasterio(pair.eo):
+            tops, lefts = _spread(height, size), _spread(width, size)
+            cut += [pair._replace(window=(top, left, size, size)) for top in tops for left in lefts]
+        else:
+            raise ValueError(
+                f"{str(pair.sar)!r} is {width}x{height} pixels, which each crop would decode anew: give --cache DIR, "
+                "or convert the images: gdal_translate -of GTiff -co TILED=YES IN OUT.tif"
+            )
+    return cut
+
+
+def _spread(side: int, size: int) -> list[int]:
+    """Where blocks begin that do not overlap: at both ends, and evenly between; a single one in the middle."""
+    count = side // size
+    return [i * (side - size) // (count - 1) for i in range(count)] if count > 1 else [(side - size) // 2] * count
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The split of a training, for later
+
+
+def split_names(split: Split) -> dict[str, list[str]]:
+    """What `held_out_pairs` reads from split.json as "scenes": the names of what is on each side."""
+    root = _root([*split.train, *split.val, *split.test])
+    return {side: sorted({_name(pair, root) for pair in getattr(split, side)}) for side in ("train", "val", "test")}
+
+
+def _name(pair: Pair, root: str) -> str:
+    """What is on one side as a whole: the scene; a pair by itself where places decide."""
+    if not pair.by_place:
+        return pair.scene
+    return f"{pair.sar.relative_to(root).as_posix()} {' '.join(map(str, pair.window or ()))}".strip()
+
+
+def _root(pairs: Sequence[Pair]) -> str:
+    return os.path.commonpath([pair.sar.parent for pair in pairs])
+
+
+def held_out_pairs(pairs: Sequence[Pair], model: Path) -> tuple[Split, str]:
+    """The split that the model was trained with, and where it is from: folders, split.json beside the model, or seed 0.
+
+    Large pairs are cut as they were for training. ValueError: split.json does not fit.
+    """
+    file = model.resolve().parent / "split.json"
+    about = read_json(file) if file.is_file() else {}
+    pairs = cut_large(pairs, about.get("size", 256), about.get("cached", False), decode_whole=True)
+    if own := _own_split(pairs):
+        return own, "the dataset's folders"
+    if not about:
+        return split_pairs(pairs), "the split of seed 0"
+    try:
+        names = {side: set(about["scenes"][side]) for side in ("train", "test")}
+        names["val"] = set(about["scenes"].get("val", names["test"]))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no split that train.py wrote ({error}): move it away to use seed 0") from error
+    root = _root(pairs)
+    train, val, test = ([p for p in pairs if _name(p, root) in names[side]] for side in ("train", "val", "test"))
+    if not train or not val or not test:
+        raise ValueError(f"{file} does not fit this dataset: it was made for another one; move it away to use seed 0")
+    return Split(train, val, test, []), str(file)
