@@ -13,8 +13,8 @@ model is scored beside three yardsticks:
     colour look-up  every pixel has the mean colour of the training pixels with the same local SAR level
     VAE             the true EO image, encoded and decoded: about the best that a latent diffusion model can reach
 
-The test pairs are those of split.json beside the model, which train.py writes; without it, those of seed 0. SAR
-images are read as in the model's training, unless --scale or --stretch says otherwise.
+The test pairs are the data set's own, else those of split.json beside the model, which train.py writes, else those of
+seed 0. Images are read as in the model's training, unless --scale, --stretch or --eo-scale says otherwise.
 
 --protocol paper does what the released code does: images x in [-1, 1] become clamp(x + 0.5, 0, 1) before all metrics
 but FID; the first 100 pairs, one at a time; 50 leading steps. See docs/evaluating.md.
@@ -53,7 +53,6 @@ from data import (
     describe,
     evenly,
     find_pairs,
-    held_out_pairs,
     pair_folders,
     read_batches,
     read_center,
@@ -64,6 +63,7 @@ from images import EO_KINDS, SAR_KINDS, Reading, confidence_picture, grid, read_
 from metrics import fit_colours, frechet_distance, load_inception, load_lpips, look_up, missing_package, psnr, scc, ssim
 from sample import DEFAULT_SPACING, DEFAULT_STEPS, load_model
 from scheduler import PREDICTION_TYPES, SPACINGS
+from splits import held_out_pairs
 from weights import network_digest
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         how = "x / 2 + 0.5" if args.protocol == "standard" else "clamp(x + 0.5, 0, 1), like the published numbers"
         print(f"protocol {args.protocol}: {len(pairs)} images, compared as {how}")
         print(markdown("", mean), end="")
-        rows = [{"file": str(pair.eo), **row} for pair, row in zip(pairs, scores[method])]
+        rows = [{"file": str(pair.eo), "window": pair.window, **row} for pair, row in zip(pairs, scores[method])]
         command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         settings["reading"] = args.reading._asdict()

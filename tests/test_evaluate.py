@@ -113,7 +113,7 @@ def test_options_overrule_the_reading_that_the_model_remembers(options, trained_
     assert evaluate.wanted_reading(args, trained_on) == expected
 
 
-def test_windows_of_one_image_get_files_of_their_own():
+def test_blocks_of_a_large_image_get_files_of_their_own():
     args = evaluate.parse(["--data", "data", "--model", "m", "--out", "out"])
     pair = Pair(Path("data/sar/a.tif"), Path("data/eo/a.tif"), "a", None)
     assert evaluate.translation_file(pair, args) == Path("out/eo/eo/a.png")
