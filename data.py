@@ -458,23 +458,47 @@ class Split(NamedTuple):
     val: list
     test: list
     notes: list = []
-_split=split_pairs
+
+
+_split = split_pairs
+
+
 def split_pairs(pairs, seed=0):
-    a,b=_split(pairs, seed); return Split(a,b,b,[])
-def cut_large(pairs, size, cached): return pairs
+    a, b = _split(pairs, seed)
+    return Split(a, b, b, [])
+
+
+def cut_large(pairs, size, cached):
+    return pairs
+
+
 from images import Reading
-def decide_reading(pairs, reading): return reading._replace(sar="full", eo="full"), []
-_rp=read_pair
-def read_pair(pair, reading=None, cut=lambda a,b:(a,b)): return _rp(pair, cut)
+
+
+def decide_reading(pairs, reading):
+    return reading._replace(sar="full", eo="full"), []
+
+
+_rp = read_pair
+
+
+def read_pair(pair, reading=None, cut=lambda a, b: (a, b)):
+    return _rp(pair, cut)
+
+
 def read_center(pair, size, reading=None):
     return _rp(pair, lambda sar, eo: (center_crop(sar, size), center_crop(eo, size)))
+
+
 class PairDataset(PairDataset):
     def __init__(self, pairs, size, seed=0, flips=True, reading=None):
         super().__init__(pairs, size, seed, flips)
+
     def __getitem__(self, position):
         def cut(*images):
             top, left, orientation = self.augmentation(position, *images[0].shape[-2:])
             return tuple(orient(x[..., top : top + self.size, left : left + self.size], orientation) for x in images)
+
         return _rp(self.pair(position), cut)
 
 
@@ -483,6 +507,8 @@ from math import prod
 from cdiffset import CDiffSET
 from common import exclusive, write_json
 from weights import network_digest
+
+
 class CachedLatents(torch.utils.data.Dataset):
     """The samples of `pairs` as latents: position -> (z_sar, z_eo), each float32 (C, h, w). See `build_cache`."""
 

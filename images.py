@@ -344,20 +344,46 @@ def grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = (), gap: 
 
 
 # --- temporary shim until branch data is merged ---
-SAR_KINDS=("auto","full","db","linear","amplitude"); EO_KINDS=("auto","full","reflectance")
+SAR_KINDS = ("auto", "full", "db", "linear", "amplitude")
+EO_KINDS = ("auto", "full", "reflectance")
+
+
 class Reading(NamedTuple):
-    sar: str="auto"
-    stretch: tuple|None=None
-    eo: str="auto"
+    sar: str = "auto"
+    stretch: tuple | None = None
+    eo: str = "auto"
+
+
 class SarScale(NamedTuple):
     kind: str
     limits: np.ndarray
-_sar_image=sar_image
+
+
+_sar_image = sar_image
+
+
 def sar_scale(raster, reading=Reading()):
-    return SarScale("db" if raster.bands.dtype.kind=="f" else "full", sar_range(raster, reading.sar if reading.sar!="full" else "auto", reading.stretch))
-def sar_mask(raster, scale): return raster.valid
-def sar_image(raster, scale): return _sar_image(raster, scale.limits)
-def describe_sar(raster, scale): return f"read as {scale.kind}"
+    return SarScale(
+        "db" if raster.bands.dtype.kind == "f" else "full",
+        sar_range(raster, reading.sar if reading.sar != "full" else "auto", reading.stretch),
+    )
+
+
+def sar_mask(raster, scale):
+    return raster.valid
+
+
+def sar_image(raster, scale):
+    return _sar_image(raster, scale.limits)
+
+
+def describe_sar(raster, scale):
+    return f"read as {scale.kind}"
+
+
 def read_sar(path, reading=Reading()):
-    r=read_raster(path); return sar_image(r, sar_scale(r, reading))
-Raster.notes=()
+    r = read_raster(path)
+    return sar_image(r, sar_scale(r, reading))
+
+
+Raster.notes = ()

@@ -4,6 +4,7 @@ Parameter names are those of the diffusers files (`diffusers/models/resnet.py`, 
 `upsampling.py`), so that public Stable Diffusion weights load with `strict=True`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,3 +72,57 @@ def require_multiple(x: Tensor, unit: int, name: str) -> None:
     if x.ndim != 4 or x.shape[2] % unit or x.shape[3] % unit or 0 in x.shape:
         shape = tuple(x.shape)
         raise ValueError(f"{name} of shape {shape}: expected (B, C, H, W) with H and W multiples of {unit}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Low-rank adaptation, `train.py --lora`
+
+
+class LoRALinear(nn.Linear):
+    """A frozen Linear layer plus a trainable update of low rank, W x + b + B A x (Hu et al., "LoRA", ICLR 2022).
+
+    (B, N, in) -> (B, N, out). A (rank, in), `down`, is random and B (out, rank), `up`, is zero: at first nothing
+    changes. `state_dict` gives the merged layer, W + B A under the names of an ordinary Linear layer, so that a network
+    with such layers is saved as an ordinary network.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, generator: torch.Generator):
+        nn.Module.__init__(self)  # not nn.Linear's, which would make another weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        bound = self.in_features**-0.5
+        down = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.down = nn.Parameter(down.to(layer.weight.device))
+        self.up = nn.Parameter(torch.zeros(self.out_features, rank, device=layer.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = (self.weight.float() + self.up @ self.down).detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias.detach()
+
+
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # the projections of every attention
+
+
+def add_lora(network: nn.Module, rank: int, seed: int = 0, frozen_dtype: torch.dtype = torch.float32) -> None:
+    """Freezes a U-Net except conv_in and conv_out, and gives its attention projections trainable updates. In place.
+
+    The frozen weights are kept in `frozen_dtype`; the norms and biases, which are small, stay float32.
+    """
+    for p in network.parameters():
+        p.requires_grad_(False)
+        if p.ndim > 1:
+            p.data = p.data.to(frozen_dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in list(network.named_modules()):
+        if name.endswith(LORA_LAYERS):
+            parent, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, LoRALinear(layer, rank, generator))
+    for layer in (network.conv_in, network.conv_out):  # they have the new channels
+        layer.float().requires_grad_(True)
+    network.register_state_dict_post_hook(
+        lambda _net, state, *_: state.update({k: v.float() for k, v in state.items()})
+    )

@@ -1,10 +1,9 @@
-"""Image quality: PSNR, SSIM and SCC, equal to torchmetrics' defaults; LPIPS and FID by their usual packages.
-
-Images are (B, 3, H, W), in [0, 1] for all but LPIPS.
+"""Image quality: PSNR, SSIM and SCC, equal to torchmetrics' defaults; LPIPS and FID by their usual packages;
+and translations by simple means, which a model should surpass.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from common import one_line
 
-# metric: (module, its weights, where PyTorch's packages fetch them from)
-PACKAGES = {
+PACKAGES = {  # metric: (module, address of its weights)
     "lpips": ("lpips", "https://download.pytorch.org/models/vgg16-397923af.pth"),
     "fid": (
         "pytorch_fid.inception",
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     ),
 }
+LEVELS = 64  # of SAR brightness, in the colour look-up
 
 # ----------------------------------------------------------------------------------------------------------
-# Our own
+# PSNR, SSIM, SCC. On 8-bit images they differ from torchmetrics by less than 1e-4, see tests/test_metrics.py.
 
 
 def psnr(image: Tensor, truth: Tensor) -> Tensor:
@@ -36,8 +35,8 @@ def psnr(image: Tensor, truth: Tensor) -> Tensor:
 def ssim(image: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al., IEEE TIP 2004): two (B, 3, H, W) in [0, 1] -> (B,).
 
-    11x11 Gaussian window with sigma 1.5; borders are reflected and count, as in torchmetrics.
-    Raises ValueError if a side is under 6 pixels, too short to reflect.
+    11x11 Gaussian window with sigma 1.5. Borders are reflected, and their pixels count, as in torchmetrics.
+    Raises ValueError if a side is shorter than 6 pixels, since it cannot be reflected.
     """
     if min(image.shape[2:]) < 6:
         raise ValueError(f"SSIM needs sides of at least 6 pixels, not {tuple(image.shape[2:])}")
@@ -61,16 +60,18 @@ def ssim(image: Tensor, truth: Tensor) -> Tensor:
 def scc(image: Tensor, truth: Tensor) -> Tensor:
     """Spatial correlation coefficient (Zhou et al., IJRS 1998): two (B, 3, H, W) in [0, 1] -> (B,).
 
-    Correlation of the Laplacians in 8x8 windows; 0 where one of them is 0. As in torchmetrics, the Laplacian mirrors
-    the border and the windows see zeros beyond it. Raises ValueError if a side is under 8 pixels.
+    Correlation of the two Laplacians in 8x8 windows, 0 where one of them is constant. As in torchmetrics, the
+    Laplacian mirrors the border, and the windows see zeros beyond it.
+    Raises ValueError if a side is shorter than 8 pixels.
     """
     if min(image.shape[2:]) < 8:
         raise ValueError(f"SCC needs sides of at least 8 pixels, not {tuple(image.shape[2:])}")
     shape = (-1, 1, *image.shape[2:])
-    # in float64, in which Laplacians of float32 numbers have no rounding: else that of a flat area would be noise
+    # In float64, Laplacians of float32 numbers are exact. In float32, a flat area would give the correlation of
+    # rounding errors.
     laplacian = torch.full((1, 1, 3, 3), -1.0, dtype=torch.float64, device=image.device)
     laplacian[0, 0, 1, 1] = 8
-    # replicating the border is mirroring it with the border itself, for a 3x3 filter
+    # For a 3x3 filter, repeating the border is the same as torchmetrics' mirroring.
     a, b = (F.conv2d(F.pad(x.double().reshape(shape), [1] * 4, mode="replicate"), laplacian) for x in (image, truth))
 
     def average(x: Tensor) -> Tensor:
@@ -84,17 +85,17 @@ def scc(image: Tensor, truth: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# By other packages
+# LPIPS and FID, by optional packages
 
 
-def what_is_missing(metric: str) -> str | None:
-    """What to do before "lpips" or "fid" can be computed, in a line; None: nothing. Downloads nothing."""
+def missing_package(metric: str) -> str | None:
+    """The command that makes "lpips" or "fid" available, in one line; None if it is. Downloads nothing."""
     module, url = PACKAGES[metric]
     try:
         import_module(module)
     except ModuleNotFoundError as error:
         return f"pip install {module.split('.')[0].replace('_', '-')} ({error})"
-    except (ImportError, RuntimeError) as error:  # mostly a torchvision for another torch
+    except (ImportError, RuntimeError) as error:  # usually a torchvision for another torch
         return f"{module} is installed but cannot be imported ({one_line(error)})"
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     return None if path.is_file() else f"its weights are not there: curl --create-dirs -Lo {path} {url}"
@@ -105,7 +106,7 @@ def load_lpips(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     from lpips import LPIPS
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's, about the way in which lpips asks it for the weights
+        warnings.simplefilter("ignore")  # lpips loads the weights by an option that torchvision deprecates
         network = LPIPS(net="vgg", verbose=False).to(device)
     return torch.inference_mode()(lambda image, truth: network(image.to(device), truth.to(device)).flatten().cpu())
 
@@ -119,10 +120,10 @@ def load_inception(device: str) -> Callable[[Tensor], np.ndarray]:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the normal distributions fitted to two sets of features, (N, D) and (M, D): FID (Heusel et al., 2017).
+    """Fréchet distance of two sets of features, (N, D) and (M, D): FID (Heusel et al., NeurIPS 2017).
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) with the covariances A, B. pytorch-fid's own function does not run
-    with SciPy from 1.18; here tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), whose eigenvalues are real.
+    |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) with the covariances A and B. Here tr sqrt(A B) is computed as
+    tr sqrt(sqrt(A) B sqrt(A)), whose eigenvalues are real. pytorch-fid's function fails with SciPy 1.18.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -130,3 +131,37 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     return float(np.square(a.mean(axis=0) - b.mean(axis=0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Translations by simple means: the mean colour, and the colour that goes with the local brightness of the SAR image
+
+
+def local_mean(image: Tensor, size: int = 7) -> Tensor:
+    """Mean over each pixel's size x size neighbourhood and the channels: (B, 3, H, W) -> (B, H, W)."""
+    padded = F.pad(image.mean(dim=1, keepdim=True), [size // 2] * 4, mode="reflect")
+    return F.avg_pool2d(padded, size, stride=1)[:, 0]
+
+
+def sar_level(sar: Tensor) -> Tensor:
+    """The local mean of SAR images in LEVELS equal steps: (B, 3, H, W) in [-1, 1] -> (B, H, W), 0..LEVELS - 1."""
+    return ((local_mean(sar) + 1) / 2 * LEVELS).long().clamp(0, LEVELS - 1)
+
+
+def fit_colours(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The mean EO colour of all pixels, (3,), and of the pixels at each SAR level, (LEVELS, 3).
+
+    pairs: SAR and EO, (3, H, W) in [-1, 1] each. A level without pixels gets the mean colour of all.
+    """
+    total, number = torch.zeros(LEVELS, 3, dtype=torch.float64), torch.zeros(LEVELS, 1, dtype=torch.float64)
+    for sar, eo in pairs:
+        level = sar_level(sar[None])[0].flatten()
+        total.index_add_(0, level, eo.flatten(1).T.double())
+        number.index_add_(0, level, torch.ones(len(level), 1, dtype=torch.float64))
+    mean = total.sum(dim=0) / number.sum()
+    return mean.float(), torch.where(number > 0, total / number.clamp(min=1), mean).float()
+
+
+def look_up(colours: Tensor, sar: Tensor) -> Tensor:
+    """The colour (LEVELS, 3) of each pixel's SAR level: (B, 3, H, W) in [-1, 1] -> (B, 3, H, W)."""
+    return colours[sar_level(sar)].movedim(-1, 1)

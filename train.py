@@ -80,6 +80,7 @@ from data import (
     split_pairs,
 )
 from images import EO_KINDS, SAR_KINDS, Reading, confidence_picture, grid, save_image, to_uint8
+from layers import add_lora
 from metrics import psnr, ssim
 from scheduler import PREDICTION_TYPES
 from weights import network_digest
@@ -131,6 +132,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=3e-5,
         help="learning rate after 100 warm-up steps; a cosine takes it to 0 (default: %(default)s, as in the paper)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--lora", type=positive, metavar="RANK",
+        help="train low-rank updates of the attention projections and the first and last layer only: for 8 to 16 GB "
+        "cards (default: train all of the U-Net)")
     add("--ema", type=float, default=0.0, metavar="DECAY",
         help="validate and keep a moving average of the weights, e.g. 0.9999 (default: none)")
     add("--seed", type=seed_number, default=0, help="of split, data order, crops and noise (default: %(default)s)")
@@ -198,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     for line in [*model.assumptions, f"training on {device} in {args.dtype}"]:
         say(line)
     with run_folder(args, identity(args, dataset_name(found, args.data), model)) as settings:
+        if args.lora:
+            add_lora(model.unet, args.lora, args.seed, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
         model.to(device, memory_format=torch.channels_last if device.startswith("cuda") else torch.preserve_format)
         if rank() == 0:
             for pair in validation:
@@ -252,11 +258,15 @@ def starting_model(args: argparse.Namespace) -> CDiffSET:
 def identity(args: argparse.Namespace, data: str, model: CDiffSET) -> dict[str, str | int]:
     """What else a resumed run must share with the run that it continues. Folders may have moved.
 
-    The U-Net's weights do not count, since they come from the checkpoint; the prompt embedding counts by its shape
+    The U-Net's weights do not count, since they come from the checkpoint (with --lora they do: there it holds the
+    updates alone). The prompt embedding counts by its shape
     alone, since its last bits differ between machines where it is computed from a text encoder.
     """
-    frozen = [network_digest(model.vae), tuple(model.prompt_embedding.shape), model.unet.config, model.scheduler.config]
-    chosen = {key: getattr(args, key) for key in ("loss", "size", "no_flips", "validate_images", "validate_steps")}
+    frozen = [network_digest(net) for net in ([model.vae, model.unet] if args.lora else [model.vae])]
+    frozen += [tuple(model.prompt_embedding.shape), model.unet.config, model.scheduler.config]
+    chosen = {
+        key: getattr(args, key) for key in ("loss", "size", "lora", "no_flips", "validate_images", "validate_steps")
+    }
     chosen |= {"cache": bool(args.cache), "data": data, "reading": model.trained_on}
     return chosen | {"model": f"{seed_of(frozen):016x}"}
 

@@ -1,114 +1,97 @@
-"""What readers rely on: docstrings, --help, and a README whose commands, files, functions and defaults exist."""
+"""The pages: their commands run, their links lead somewhere, and what they say about the code holds."""
 
 import argparse
 import ast
 import importlib
 import re
+import shlex
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from common import Parser
-from train import SD_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
-SCRIPTS = [name for name in MODULES if "run(main)" in (ROOT / f"{name}.py").read_text()]
-README = (ROOT / "README.md").read_text()
-READMES = [path for path in ROOT.glob("**/README.md") if not {".venv", Path(SD_FOLDER).name} & set(path.parts)]
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("docs/*.md"))]
+TEXTS = [*PAGES, ROOT / "models/tiny/README.md", ROOT / "examples/README.md"]
+SOURCES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
+EXPERIMENTS = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("experiments/*.py"))}
+COMMAND = re.compile(r"(?:python|torchrun(?: --\S+)*) (?:(\w+)\.py|-m (experiments\.[a-z_]+))((?: (?!#)\S+)*)")
 
 
-class Found(Exception):
-    """Carries a parser out of the script that made it."""
+class Parsed(Exception):
+    """Ends a script after its options were parsed."""
 
 
-@pytest.fixture
-def parser_of(monkeypatch):
-    """A function: script -> its argument parser."""
-
-    def stop(parser, *_):
-        raise Found(parser)
-
-    def parser(script: str) -> argparse.ArgumentParser:
-        monkeypatch.setattr(Parser, "parse_args", stop)
-        with pytest.raises(Found) as found:
-            importlib.import_module(script).main([])
-        return found.value.args[0]
-
-    return parser
+def commands() -> list[tuple[str, str, str]]:
+    """(where, module, arguments) of each command in pages and docstrings; two spaces end a command in a docstring."""
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in TEXTS}
+    texts |= {f"{name}.py": ast.get_docstring(tree) or "" for name, tree in (SOURCES | EXPERIMENTS).items()}
+    joined = {where: re.sub(r"\\\n\s*", "", text) for where, text in texts.items()}
+    lines = [(where, line) for where, text in joined.items() for line in re.split(r"\n|`", text)]
+    found = [(where, *match.groups()) for where, line in lines for match in COMMAND.finditer(line)]
+    return [(where, script or module, arguments) for where, script, module, arguments in found]
 
 
-def options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {option: action for action in parser._actions for option in action.option_strings}
+@pytest.mark.parametrize(("where", "module", "arguments"), commands())
+def test_every_command_has_a_script_that_takes_its_options(where, module, arguments, monkeypatch):
+    def parse(parser, given, *_):
+        argparse.ArgumentParser.parse_args(parser, given)
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", parse)
+    if "--help" not in arguments:
+        with pytest.raises(Parsed):
+            importlib.import_module(module).main(shlex.split(arguments))
 
 
-def public(body: list[ast.stmt], prefix: str = "") -> list[tuple[str, ast.AST]]:
-    """The functions, classes and methods that others may use. A module's `forward` is told by its class."""
-    found = []
-    for node in body:
-        named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        if named and not node.name.startswith("_") and node.name != "forward":
-            found.append((prefix + node.name, node))
-            if isinstance(node, ast.ClassDef):
-                found += public(node.body, f"{node.name}.")
-    return found
+def test_every_link_leads_to_a_file_and_a_heading():
+    links = [(path, link) for path in TEXTS for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text())]
+    assert len(links) > 50
+    for path, link in links:
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), (path, link)
+        titles = [re.sub(r"[^\w -]", "", title).lower() for title in re.findall(r"^#+ (.+)", _text(target), re.M)]
+        assert not heading or heading in [title.replace(" ", "-") for title in titles], (path, link)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_public_thing_has_a_docstring(name):
-    module = ast.parse((ROOT / f"{name}.py").read_text())
-    assert ast.get_docstring(module)
-    tuples = ("NamedTuple", "Exception")  # whose fields have a comment each
-    missing = [
-        title
-        for title, node in public(module.body)
-        if not ast.get_docstring(node)
-        and not any(getattr(base, "id", "") in tuples for base in getattr(node, "bases", []))
-    ]
-    assert not missing
+def _text(path: Path) -> str:
+    return path.read_text() if path.suffix == ".md" else ""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_option_is_described(script, parser_of):
-    parser = parser_of(script)
-    assert not [action.dest for action in parser._actions if not action.help]
-    assert len(parser.description) > 200 and f"python {script}.py" in parser.description
+def test_every_picture_is_shown_on_a_page():
+    shown = {(path.parent / link).resolve() for path in TEXTS for link in re.findall(r"\]\(([^)#]+)\)", _text(path))}
+    pictures = {path for path in ROOT.glob("docs/**/*") if path.suffix in (".png", ".jpg", ".svg")}
+    assert pictures and pictures <= shown
 
 
-def test_every_command_in_a_text_has_options_that_exist(parser_of):
-    texts = [path.read_text() for path in READMES]
-    texts += [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) for name in MODULES]
-    commands = [match for text in texts for match in re.findall(r"(?<![\w/])(\w+)\.py((?: [^\s`#|]+)*)", text)]
-    used = [(script, option) for script, rest in commands for option in re.findall(r"(?<!\S)--[a-z-]+", rest)]
-    used = [(script, option) for script, option in used if script in SCRIPTS]
-    assert len(used) > 30
-    known = {script: options(parser_of(script)) for script in {script for script, _ in used}}
-    assert not [(script, option) for script, option in used if option not in known[script]]
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_page_is_short_and_all_but_the_tour_start_with_a_command(page):
+    text = page.read_text()
+    assert text.count("\n") < {"README.md": 200, "tour.md": 300}.get(page.name, 150)
+    assert page.name in ("README.md", "tour.md") or re.match(r"# .+\n\n```bash\n", text)
 
 
-def test_no_text_gives_an_option_another_default(parser_of):
-    known = [options(parser_of(script)) for script in SCRIPTS]
-    texts = [README, *((ROOT / f"{name}.py").read_text() for name in MODULES)]
-    told = [match for text in texts for match in re.findall(r"`?(--[a-z-]+)`? \(default:? `?([^)`]+)`?\)", text)]
-    for option, value in told:
-        assert value in {str(script[option].default) for script in known if option in script}, (option, value)
-
-
-def test_every_readme_links_to_files_that_exist():
-    links = [(path, link) for path in READMES for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", path.read_text())]
-    assert len(links) > 20 and not [(path, link) for path, link in links if not (path.parent / link).exists()]
-
-
-def test_the_readme_names_every_module():
-    assert not [name for name in MODULES if f"({name}.py)" not in README]
+def test_the_readme_links_the_tour_in_its_first_screen_and_every_module_in_the_reading_order():
+    text = README.read_text()
+    assert "(docs/tour.md)" in "\n".join(text.splitlines()[:25])
+    assert sorted(re.findall(r"^\| \[`(\w+)\.py`\]", text, re.M)) == sorted(SOURCES)
 
 
 def test_functions_named_beside_a_file_are_in_it():
-    """As in: (`denoise`, `variance` in [`cdiffset.py`](cdiffset.py))."""
-    places = re.findall(r"\(((?:`\w+`(?:, | and )?)+) in \[`(\w+)\.py`\]", README)
-    assert places
-    for names, module in places:
-        defined = {
-            node.name for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())) if hasattr(node, "name")
-        }
-        assert set(re.findall(r"`(\w+)`", names)) <= defined, (names, module)
+    """As in: (`denoise`, `variance` in [`cdiffset.py`](../cdiffset.py))."""
+    for names, module in re.findall(r"((?:`\w+`(?:, | and )?)+)\sin\s+\[`(\w+)\.py`\]", "\n".join(map(_text, PAGES))):
+        defined = {getattr(node, "name", getattr(node, "id", "")) for node in ast.walk(SOURCES[module])}
+        assert set(re.findall(r"\w+", names.replace(" and ", " "))) <= defined, (names, module)
+
+
+def test_imports_form_no_circle_and_no_module_imports_an_experiment():
+    imports = {
+        name: {node.module.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        for name, tree in SOURCES.items()
+    }
+    list(TopologicalSorter({name: found & SOURCES.keys() for name, found in imports.items()}).static_order())
+    assert not [name for name, found in imports.items() if "experiments" in found]

@@ -1,4 +1,4 @@
-"""metrics.py: PSNR, SSIM and SCC are torchmetrics', image by image; LPIPS and FID call their packages rightly."""
+"""metrics.py: PSNR, SSIM and SCC equal torchmetrics'; LPIPS and FID by stand-ins for their packages; colours."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from record_golden import GOLDEN, metric_images, reference_metrics
 from safetensors.torch import load_file
 
 import metrics
-from metrics import frechet_distance, psnr, scc, ssim, what_is_missing
+from metrics import frechet_distance, missing_package, psnr, scc, ssim
 
 OURS = {"psnr": psnr, "ssim": ssim, "scc": scc}
 
@@ -31,7 +31,7 @@ def test_the_metrics_equal_torchmetrics_where_that_is_installed(size, kind):
     elif kind == "patches of one colour":
         truth = patches(truth)
     for name, expected in reference_metrics(image, truth).items():
-        # in such patches, torchmetrics' SCC, in float32, correlates rounding errors: they differ between machines
+        # in patches of one colour, torchmetrics' SCC correlates rounding errors, which differ between machines
         if (name, kind) != ("scc", "patches of one colour"):
             torch.testing.assert_close(OURS[name](image, truth), expected, atol=1e-4, rtol=0)
 
@@ -112,18 +112,18 @@ def test_frechet_distance_equals_torchmetrics_where_that_is_installed():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The packages, which need not be installed here: see conftest.packages
+# The optional packages, by the stand-ins of conftest.packages
 
 
 @pytest.mark.parametrize("metric", ["lpips", "fid"])
-def test_what_is_missing_is_said_in_a_line_with_the_command_that_mends_it(metric, packages, monkeypatch):
-    assert what_is_missing(metric) is None
+def test_what_is_missing_is_one_line_with_the_command_that_gets_it(metric, packages, monkeypatch):
+    assert missing_package(metric) is None
     module, url = metrics.PACKAGES[metric]
     weights = packages / Path(url).name
     weights.unlink()
-    assert what_is_missing(metric) == f"its weights are not there: curl --create-dirs -Lo {weights} {url}"
+    assert missing_package(metric) == f"its weights are not there: curl --create-dirs -Lo {weights} {url}"
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    assert what_is_missing(metric).startswith(f"pip install {'lpips' if metric == 'lpips' else 'pytorch-fid'} (")
+    assert missing_package(metric).startswith(f"pip install {'lpips' if metric == 'lpips' else 'pytorch-fid'} (")
 
 
 def test_lpips_is_asked_for_vgg_and_gives_a_number_an_image(packages):
@@ -134,3 +134,25 @@ def test_lpips_is_asked_for_vgg_and_gives_a_number_an_image(packages):
 def test_inception_is_asked_for_its_2048_features_and_gives_a_row_an_image(packages):
     images = torch.rand(4, 3, 16, 16)
     np.testing.assert_allclose(metrics.load_inception("cpu")(images), images.mean(dim=(2, 3)).numpy())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Translations by simple means
+
+
+def test_a_local_mean_is_the_mean_of_49_pixels():
+    image = torch.rand(2, 3, 20, 30)
+    expected = image[1, :, 5:12, 8:15].mean()
+    assert torch.isclose(metrics.local_mean(image)[1, 8, 11], expected, atol=1e-6)
+
+
+def test_the_look_up_recovers_colours_that_the_sar_level_determines():
+    sar = torch.full((3, 16, 16), -0.5)
+    sar[:, :, 8:] = 0.5
+    right, left = torch.tensor([0.9, 0.1, -0.4]), torch.tensor([-1.0, 0.3, 0.2])
+    eo = torch.where(sar > 0, right[:, None, None], left[:, None, None])
+    mean, colours = metrics.fit_colours([(sar, eo)])
+    assert torch.allclose(mean, torch.tensor([-0.05, 0.2, -0.1]), atol=1e-6)
+    assert torch.allclose(colours[-1], mean), "a level that never occurs gets the mean colour"
+    away = [0, 1, 2, 3, 12, 13, 14, 15]  # columns whose neighbourhood lies on one side
+    assert torch.allclose(metrics.look_up(colours, sar[None])[0, :, :, away], eo[:, :, away], atol=1e-6)

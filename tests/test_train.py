@@ -1,7 +1,6 @@
-"""train.py and pretrain.py as a user runs them: whole trainings at small size, killed, resumed, shared, refused."""
+"""train.py as a user runs it: whole trainings at small size, killed, resumed, shared by processes, refused."""
 
 import csv
-import json
 import math
 import os
 import random
@@ -22,8 +21,8 @@ import train
 from cdiffset import CDiffSET, denoise, variance
 from common import read_json
 from data import PairDataset, find_pairs
-from experiments import pretrain, synth
-from loop import sample_noise
+from images import Reading
+from train import sample_noise
 
 ROOT = Path(train.__file__).parent
 
@@ -32,7 +31,7 @@ ROOT = Path(train.__file__).parent
 def command(dataset, base):
     """The options of a small training."""
     options = "--size 16 --steps 10 --batch-size 4 --lr 1e-3 --workers 0 --device cpu --save-every 3"
-    options += " --validate-every 4 --validate-images 2 --validate-steps 2"
+    options += " --validate-every 4 --validate-images 2 --validate-steps 2 --dtype float32"
     return ["--data", str(dataset), "--model", str(base), *options.split()]
 
 
@@ -92,24 +91,18 @@ def test_the_loss_of_a_batch_is_the_paper_s(base, kind):
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_unet_learns_and_recomputing_activations_changes_nothing(base):
+def test_recomputing_activations_changes_no_gradient(base):
     model, gradients = CDiffSET.from_pretrained(base), []
-    for checkpointing in (False, True):
-        args = train.parse(["--data", "-"] + ["--checkpointing"] * checkpointing)
-        train.prepare(args, model, None)
-        assert model.unet.gradient_checkpointing == checkpointing
+    for model.unet.gradient_checkpointing in (False, True):
         sar, eo = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 1, 3, 16, 16)
         train.objective(model, "cdiff", 0, cached=False)(model.unet, [sar, eo], [0]).backward()
         gradients.append([p.grad.clone() for p in model.unet.parameters()])
         model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert not any(p.requires_grad for p in model.vae.parameters())
 
 
 def test_the_loss_falls_on_a_few_pairs(dataset, base):
-    model = CDiffSET.from_pretrained(base)
-    train.prepare(train.parse(["--data", "-"]), model, None)
-    pairs = PairDataset(find_pairs(dataset).pairs[:2], 16)
+    model, pairs = CDiffSET.from_pretrained(base), PairDataset(find_pairs(dataset).pairs[:2], 16)
     loss, optimizer = train.objective(model, "cdiff", 0, cached=False), torch.optim.AdamW(model.unet.parameters(), 3e-3)
     batch, values = [torch.stack(x) for x in zip(*(pairs[i] for i in range(2)))], []
     for _ in range(60):
@@ -129,7 +122,7 @@ def test_stage_two_starts_from_stage_one_in_two_commands(command, tmp_path):
     assert CDiffSET.from_pretrained(two / "model").unet.config["out_channels"] == 5
     # the first loss of stage two is half the L2 loss of stage one's network, plus log(2 pi) / 2
     loss = train.objective(stage1, "mse", 0, cached=False)
-    pairs = PairDataset(train.split_pairs(find_pairs(command[1]).pairs)[0], 16)
+    pairs = PairDataset(train.split_pairs(find_pairs(command[1]).pairs).train, 16)
     with torch.no_grad():
         l2 = loss(stage1.unet, [torch.stack(x) for x in zip(*(pairs[i] for i in range(4)))], [0, 1, 2, 3])
     first = table(two / "log.csv")[0]["loss"]
@@ -180,20 +173,21 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert Image.open(whole / "samples" / "00000010.png").width > 4 * 16  # SAR, EO, generated, confidence
 
 
-def test_the_best_model_is_the_one_that_scored_best(whole):
+def test_the_best_model_is_the_one_that_scored_best(whole, tmp_path):
     scores = table(whole / "validation.csv")
     best = max(scores, key=lambda row: row["psnr"])
     model = CDiffSET.from_pretrained(whole / "model")
-    held_out = train.split_pairs(find_pairs(read_json(whole / "split.json")["data"]).pairs)[1]
-    again = train.validate(model, held_out[:: len(held_out) // 2][:2], 16, 2, whole / "again" / "x.png")
-    shutil.rmtree(whole / "again")
+    pairs = train.split_pairs(find_pairs(read_json(whole / "split.json")["data"]).pairs).val
+    args = train.parse(["--data", "-", "--out", str(tmp_path), "--size", "16", "--validate-steps", "2"])
+    args.dtype = "float32"
+    again = train.validate(model, train.evenly(pairs, 2), Reading(), args, step=0)
     assert again == pytest.approx({key: value for key, value in best.items() if key != "step"}, rel=1e-4)
 
 
-def test_the_summary_says_how_to_go_on(command, tmp_path, capsys):
+def test_the_summary_says_how_to_continue(command, tmp_path, capsys):
     train.main([*command, "--steps", "2", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert "SEN1-2: 20 pairs in 10 scenes" in said and "16 pairs to train on, 4 held out" in said
+    assert "SEN1-2: 20 pairs in 10 scenes" in said and "16 pairs to train on, 4 to validate on" in said
     assert "done: 2 of 2 steps" in said and f"python sample.py SAR.png --model {tmp_path / 'run' / 'model'}" in said
 
 
@@ -290,7 +284,7 @@ def test_a_run_is_not_resumed_with_other_data_model_loss_or_size(command, whole,
 
 def test_a_second_run_into_a_folder_changes_nothing_there(command, whole):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="holds a run already: go on with --resume, or choose another --out"):
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume, or choose another --out"):
         train.main([*command, "--out", str(whole), "--seed", "5"])
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
@@ -336,7 +330,6 @@ def test_an_image_that_fails_in_the_middle_of_an_epoch_is_named_in_one_line(comm
         ("--device cuda", "--device cuda cannot be used here"),
         ("--device nonsense", "--device nonsense cannot be used here"),
         ("--batch-size 5 --accumulate 2", "--batch-size 5: cannot be shared evenly"),
-        ("--cache {tmp}/cache", "64x64 pixels, not --size 16; random crops cannot be cached"),
         ("--cache {tmp}/../run", "--cache and --out must be two folders"),
         ("--ema 1", "--ema 1.0: must be 0 for none"),
         ("--validate-steps 2000", "--validate-steps 2000: more than this model's timesteps"),
@@ -365,52 +358,5 @@ def test_unknown_options_are_one_line_and_the_help_teaches(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     said = capsys.readouterr().out
-    for lesson in ("torchrun --nproc_per_node=4", "--loss mse --out runs/stage1", "--resume goes on"):
+    for lesson in ("torchrun --nproc_per_node=4", "--loss mse --out runs/stage1", "--resume continues"):
         assert lesson in said
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pretraining, and the whole chain
-
-
-PRETRAIN = "--size 16 --vae-size 16 --vae-steps 12 --unet-steps 12 --vae-widths 8 8 --unet-widths 8 16 --batch-size 2"
-PRETRAIN = [*PRETRAIN.split(), "--save-every", "2", "--workers", "0", "--device", "cpu"]
-
-
-def test_pretraining_interrupted_in_both_stages_makes_the_same_model(dataset, tmp_path):
-    arguments = ["--data", str(dataset), *PRETRAIN]
-    assert pretrain.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    out = tmp_path / "killed"
-    for stage in ("vae", "unet"):
-        process, end = Forked(pretrain.main, [*arguments, "--out", str(out), "--resume"]), time.monotonic() + 200
-        while not any((out / ".pretrain" / stage / "checkpoint").glob("0*")):
-            assert time.monotonic() < end and process.process.is_alive()
-            time.sleep(0.001)
-        process.signal(signal.SIGKILL)
-        assert process.wait()[0] == -signal.SIGKILL and not (out / "unet").exists()
-    with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
-        pretrain.main([*arguments, "--out", str(out)])
-    assert pretrain.main([*arguments, "--out", str(out), "--resume"]) == 0
-    assert_same_tensors(out, tmp_path / "whole")
-    for path in (tmp_path / "whole").glob("*/*.json"):
-        assert json.loads(path.read_text()) == read_json(out / path.relative_to(tmp_path / "whole"))
-
-
-def test_pretraining_refuses_torchrun(dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs as one process: start it with python, not torchrun"):
-        pretrain.main(["--data", str(dataset), "--out", str(tmp_path)])
-
-
-def test_the_whole_chain_from_nothing_to_a_translation(tmp_path):
-    sample = pytest.importorskip("sample")
-    data, base, out = (str(tmp_path / name) for name in ("data", "base", "run"))
-    assert synth.main([data, "--pairs", "10", "--size", "64"]) == 0
-    assert pretrain.main(["--data", data, "--out", base, *PRETRAIN]) == 0
-    arguments = ["--data", data, "--model", base, "--out", out, "--size", "64", "--steps", "3", "--batch-size", "2"]
-    arguments += ["--validate-images", "1", "--validate-steps", "1", "--workers", "0", "--device", "cpu"]
-    assert train.main([*arguments, "--cache", str(tmp_path / "cache")]) == 0
-    picture = next(Path(data).rglob("*_s1_*.png"))
-    assert not sample.main([str(picture), "--model", f"{out}/model", "--out", str(tmp_path), "--steps", "2"])
-    for kind in ("eo", "confidence"):
-        assert Image.open(tmp_path / f"{picture.stem}_{kind}.png").size == (64, 64)
