@@ -103,7 +103,8 @@ def test_vae_measures_reconstruction_and_latents_by_looks(dataset, base, tmp_pat
         assert results["1 look"][column][0] < results["8 looks"][column][0]
 
 
-def test_trainings_are_made_once_and_not_continued_with_other_settings(dataset, base, tmp_path):
+def test_trainings_are_made_once_and_not_continued_with_other_settings(dataset, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "BATCH", 2)
     more = "--train-steps", "2", "--runs", str(tmp_path / "runs")
     first = check("trainings", dataset, base, tmp_path, *more)
     assert set(first) == {

@@ -116,6 +116,19 @@ def test_deviation_and_gradient_in_the_7x7_neighbourhood():
     assert torch.allclose(confidence.gradient(ramp), torch.tensor(0.05), atol=1e-5)
 
 
+def test_a_network_that_finds_the_noise_has_no_error_and_a_blind_one_that_of_the_noise(base):
+    model, z = CDiffSET.from_pretrained(base), torch.zeros(2, 4, 16, 16)
+    scale = (1 - model.scheduler.alphas_cumprod[501]).sqrt()
+    model.unet.forward = lambda x, t, context: torch.cat([x[:, 4:] / scale, torch.zeros_like(x[:, :1])], dim=1)
+    error, variance = model.noise_error(z, z, 501, seeds=[3, 4])
+    assert error.shape == variance.shape == (2, 1, 16, 16)
+    assert error.abs().max() < 1e-10 and torch.allclose(variance, torch.tensor(1.0))
+    model.unet.forward = lambda x, t, context: torch.zeros_like(x[:, :5])
+    error, _ = model.noise_error(z, z, 501, seeds=[3, 4])
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(4))
+    assert torch.allclose(error[1, 0], noise[0].square().mean(dim=0))
+
+
 @pytest.fixture(scope="module")
 def changing(tmp_path_factory):
     """20 pairs, of which the held-out ones have both kinds of change."""
