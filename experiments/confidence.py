@@ -177,7 +177,7 @@ def measure(
 
 
 def draw(out: Path, bands: list[dict], centres: list[int], curves: dict[str, np.ndarray]) -> None:
-    """The two plots."""
+    """The two plots. centres: timesteps in the middle of the bands. curves: RMSE by the share of pixels kept."""
     shade = pyplot().get_cmap("viridis")
     with plot(out / "calibration.png", "predicted variance", f"squared error, mean of {BINS} equal bins") as axes:
         axes.set(xscale="log", yscale="log")
@@ -188,7 +188,8 @@ def draw(out: Path, bands: list[dict], centres: list[int], curves: dict[str, np.
         axes.plot(ends, ends, color=GREY, linestyle="--", label="equal")
     with plot(out / "error.png", "pixels kept, the most certain first, %", "RMSE (0..255)") as axes:
         for (name, curve), colour in zip(curves.items(), (GREEN, BLUE, ORANGE, PURPLE, GREY)):
-            axes.plot(range(1, 101), 255 * curve, color=colour, label=name)
+            label = f"{name} (AUSE {ause(curve, curves['oracle']):.2f})"
+            axes.plot(range(1, 101), 255 * curve, color=colour, label=label)
 
 
 def main(arguments: list[str] | None = None) -> int:
