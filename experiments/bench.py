@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     # fmt: on
     args = parser.parse_args(arguments)
     args.device = choose_device(args.device)
-    result = origin("bench", arguments, args)
+    result = origin("experiments.bench", arguments, args)
     ceilings = {dtype: matmul_ceiling(args.device, dtype) for dtype in ("float32", "bfloat16")}
     result["ceilings, FLOP/s"] = ceilings
     path = args.out / f"bench-{re.sub('[^A-Za-z0-9]+', '-', machine(args.device)).strip('-')}.json"

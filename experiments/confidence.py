@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     pixels, bands = measure(model, pairs, reading, colours)
     error, change = pixels.pop("error"), pixels.pop("change", np.zeros(0))
 
-    result, tables = origin("confidence", arguments, args) | {"split": source, "pairs": len(pairs)}, []
+    result, tables = origin("experiments.confidence", arguments, args) | {"split": source, "pairs": len(pairs)}, []
     if change.any():
         result["changed"] = {kind: float(np.mean(change == value)) for kind, value in KINDS.items()}
         result["detection"] = {name: detect(score, change) for name, score in pixels.items()}

@@ -48,8 +48,8 @@ def test_the_rmse_is_that_of_the_pixels_of_each_kind_of_change_in_all_images(dat
 
 
 def test_a_cell_is_the_mean_and_the_standard_deviation_over_the_seeds():
-    assert claims.cell([12.375]) == "12.38"
-    assert claims.cell([0.1, 0.3]) == "0.200 ± 0.141"
+    assert report.cell([12.375]) == "12.38"
+    assert report.cell([0.1, 0.3]) == "0.200 ± 0.141"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def check(claim, dataset, base, tmp_path, *more):
     assert result["command"].startswith(f"python -m experiments.claims {claim} --base") and result["command"] in table
     for row in result["results"].values():
         for values in row.values():
-            assert all(map(math.isfinite, values)) and claims.cell(values) in table
+            assert all(map(math.isfinite, values)) and report.cell(values) in table
     return result["results"]
 
 
