@@ -123,12 +123,17 @@ def released_networks(model: CDiffSET) -> tuple[nn.Module, nn.Module]:
     except ImportError:
         plain = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
         return deepcopy(model.vae).to(**plain), deepcopy(model.unet).to(**plain)
-    copies = []
-    for network, kind in ((model.vae, diffusers.AutoencoderKL), (model.unet, diffusers.UNet2DConditionModel)):
-        with torch.device(model.device):
-            copies.append(kind(**network.config).eval())
-        copies[-1].load_state_dict(network.state_dict())
-    return tuple(copies)
+    levels = len(model.vae.config["block_out_channels"])
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    with torch.device(model.device):
+        vae = diffusers.AutoencoderKL(**model.vae.config, **blocks).eval()
+        unet = diffusers.UNet2DConditionModel(**model.unet.config).eval()
+    vae.load_state_dict(model.vae.state_dict())
+    unet.load_state_dict(model.unet.state_dict())
+    return vae, unet
 
 
 def only_tensor(output: object) -> Tensor:
@@ -245,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     # fmt: on
     args = parser.parse_args(arguments)
     args.device = choose_device(args.device)
-    result = origin("bench", arguments, args)
+    result = origin("experiments.bench", arguments, args)
     ceilings = {dtype: matmul_ceiling(args.device, dtype) for dtype in ("float32", "bfloat16")}
     result["ceilings, FLOP/s"] = ceilings
     path = args.out / f"bench-{re.sub('[^A-Za-z0-9]+', '-', machine(args.device)).strip('-')}.json"

@@ -31,11 +31,11 @@ import evaluate
 import train
 from cdiffset import CDiffSET, add_variance_channel, denoise
 from checkpoint import read_table, run_folder
-from common import DEVICE_HELP, Parser, atomic, choose_device, positive, run, seed_number, write_json
+from common import DEVICE_HELP, Parser, choose_device, positive, run, seed_number
 from data import Pair, PairDataset, dataset_name, decide_reading, evenly, find_pairs, read_batches, read_center
 from experiments import synth
 from experiments.land_cover import land_cover_agreement
-from experiments.report import BLUE, GREEN, ORANGE, origin, plot, pyplot
+from experiments.report import BLUE, GREEN, ORANGE, origin, plot, pyplot, write_results
 from images import Reading, to_uint8
 from metrics import look_up, psnr
 from sample import load_model
@@ -304,12 +304,6 @@ def steps(args: argparse.Namespace) -> Scores:
 # The program
 
 
-def cell(values: list[float]) -> str:
-    """The mean, and with several seeds the standard deviation."""
-    mean, digits = float(np.mean(values)), 2 if abs(np.mean(values)) >= 10 else 3
-    return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     # fmt: off
@@ -345,19 +339,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     args.device = choose_device(args.device)
     pyplot()  # now, rather than after an hour of training, if it is missing
-    source = origin("claims", arguments, args)
+    source = origin("experiments.claims", arguments, args)
     results = {"vae": vae, "trainings": trainings, "steps": steps}[args.claim](args)
-    stem = args.out / f"claims-{args.claim}"
-    write_json(stem.with_suffix(".json"), source | {"results": results})
-    columns = dict.fromkeys(column for row in results.values() for column in row)
-    rows = {name: {column: cell(values) for column, values in row.items()} for name, row in results.items()}
-    table = evaluate.markdown("", rows, columns)
     what = "scenes a seed" if args.claim == "vae" else "held-out pairs at most"
-    note = f"{args.limit} {what} of {args.size} pixels; mean ± standard deviation over the seeds {args.seeds}. "
-    note += f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
-    with atomic(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{table}\n{note}\n", encoding="utf-8")
-    print(f"{table}wrote {stem}.json and .md")
+    note = f"{args.limit} {what} of {args.size} pixels; mean ± standard deviation over the seeds {args.seeds}"
+    write_results(args.out / f"claims-{args.claim}", source, results, note)
     return 0
 
 

@@ -178,7 +178,7 @@ def measure(
 
 
 def draw(out: Path, bands: list[dict], centres: list[int], curves: dict[str, np.ndarray]) -> None:
-    """The two plots."""
+    """The two plots. centres: timesteps in the middle of the bands. curves: RMSE by the share of pixels kept."""
     shade = pyplot().get_cmap("viridis")
     with plot(out / "calibration.png", "predicted variance", f"squared error, mean of {BINS} equal bins") as axes:
         axes.set(xscale="log", yscale="log")
@@ -189,7 +189,8 @@ def draw(out: Path, bands: list[dict], centres: list[int], curves: dict[str, np.
         axes.plot(ends, ends, color=GREY, linestyle="--", label="equal")
     with plot(out / "error.png", "pixels kept, the most certain first, %", "RMSE (0..255)") as axes:
         for (name, curve), colour in zip(curves.items(), (GREEN, BLUE, ORANGE, PURPLE, GREY)):
-            axes.plot(range(1, 101), 255 * curve, color=colour, label=name)
+            label = f"{name} (AUSE {ause(curve, curves['oracle']):.2f})"
+            axes.plot(range(1, 101), 255 * curve, color=colour, label=label)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     pixels, bands = measure(model, pairs, reading, colours)
     error, change = pixels.pop("error"), pixels.pop("change", np.zeros(0))
 
-    result, tables = origin("confidence", arguments, args) | {"split": source, "pairs": len(pairs)}, []
+    result, tables = origin("experiments.confidence", arguments, args) | {"split": source, "pairs": len(pairs)}, []
     if change.any():
         result["changed"] = {kind: float(np.mean(change == value)) for kind, value in KINDS.items()}
         result["detection"] = {name: detect(score, change) for name, score in pixels.items()}

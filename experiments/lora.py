@@ -19,9 +19,9 @@ import evaluate
 import train
 from cdiffset import CDiffSET
 from checkpoint import read_table
-from common import DEVICE_HELP, Parser, atomic, choose_device, positive, run, seed_number, write_json
+from common import DEVICE_HELP, Parser, choose_device, positive, run, seed_number
 from data import decide_reading, evenly, find_pairs, read_batches, read_center
-from experiments.report import cell, origin
+from experiments.report import origin, write_results
 from images import Reading
 from splits import split_pairs
 
@@ -113,15 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
             steps = round(args.train_steps * allowed / took)
             add(f"rank {rank}, equal time", trained(args, rank, seed, steps))
 
-    rows = {name: {column: cell(values) for column, values in row.items()} for name, row in results.items()}
-    table = evaluate.markdown("", rows)
-    source = origin("experiments.lora", arguments, args)
+    note = f"mean ± standard deviation over the seeds {', '.join(map(str, args.seeds))}"
     stem = args.out / f"lora-{Path(args.data).resolve().name}"
-    write_json(stem.with_suffix(".json"), source | {"results": results})
-    about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
-    with atomic(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{table}\nMean ± standard deviation over seeds {args.seeds}. {about}\n", encoding="utf-8")
-    print(table, end="")
+    write_results(stem, origin("experiments.lora", arguments, args), results, note)
     return 0
 
 

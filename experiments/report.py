@@ -1,4 +1,4 @@
-"""What the experiments share: where a result comes from (command, commit, machine, date), and plots."""
+"""What the experiments share: where a result comes from (command, commit, machine, date), tables over seeds, plots."""
 
 import argparse
 import platform
@@ -12,9 +12,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from common import atomic
+from common import atomic, write_json
+from evaluate import markdown
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
@@ -52,12 +54,32 @@ def plot(path: Path, x: str, y: str, height: float = 3.2) -> Iterator[Any]:
 def origin(name: str, arguments: list[str] | None, args: argparse.Namespace) -> dict[str, Any]:
     """What is needed to repeat a result: command, commit, machine, date, version of torch, settings.
 
-    name: of the experiment. arguments: of its command line; None: those of this process. args: the parsed ones.
+    name: of the module. arguments: of its command line; None: those of this process. args: the parsed ones.
     """
-    command = shlex.join(["python", "-m", f"experiments.{name}", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(["python", "-m", name, *(sys.argv[1:] if arguments is None else arguments)])
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     about = {"command": command, "commit": commit(), "machine": machine(args.device), "date": str(date.today())}
     return about | {"torch": torch.__version__, "settings": settings}
+
+
+def cell(values: list[float]) -> str:
+    """The mean of the values of several seeds, and their standard deviation if there are two or more."""
+    mean, digits = float(np.mean(values)), 2 if abs(np.mean(values)) >= 10 else 3
+    return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def write_results(stem: Path, source: dict[str, Any], results: dict[str, dict[str, list[float]]], note: str) -> None:
+    """Writes STEM.json, with every value, and STEM.md, a table of the means; prints the table.
+
+    source: of `origin`. results: {row: {column: the value of each seed}}. note: what the results were measured on.
+    """
+    write_json(stem.with_suffix(".json"), source | {"results": results})
+    rows = {name: {column: cell(values) for column, values in row.items()} for name, row in results.items()}
+    table = markdown("", rows)
+    about = f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}."
+    with atomic(stem.with_suffix(".md")) as temporary:
+        temporary.write_text(f"{table}\n{note}. {about}\n", encoding="utf-8")
+    print(f"{table}wrote {stem}.json and .md")
 
 
 def commit() -> str | None:

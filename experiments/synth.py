@@ -251,9 +251,13 @@ def mask_path(pair: Pair, kind: str) -> Path | None:
 
 
 def read_mask(pair: Pair, kind: str, size: int | None = None) -> np.ndarray:
-    """The "change" or "class" mask of a pair, uint8 (H, W), or its central crop (size, size). The mask must exist."""
+    """The "change" or "class" mask of a pair, uint8 (H, W), or its central crop (size, size). It must exist."""
     with Image.open(mask_path(pair, kind)) as image:
-        return center_crop(np.asarray(image), size)
+        mask = np.asarray(image)
+    if pair.window:
+        top, left, height, width = pair.window
+        mask = mask[top : top + height, left : left + width]
+    return center_crop(mask, size)
 
 
 def main(arguments: list[str] | None = None) -> int:

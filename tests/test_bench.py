@@ -1,120 +1,76 @@
-"""bench.py: that what is measured is the same work, and that figures are combined as they should be."""
+"""experiments/bench.py: both sides of the comparison do the same work, and the table holds what was measured."""
 
 import json
-from argparse import Namespace
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from cdiffset import CDiffSET, add_variance_channel, widen_input
 from experiments import bench
-from experiments.pretrain import CONTEXT, TOKENS, small_unet, small_vae
-from metrics import psnr
-from scheduler import DDPMScheduler
+from sample import load_model
 
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = small_unet([8, 16])
-    widen_input(unet)
-    add_variance_channel(unet)
-    path = tmp_path_factory.mktemp("model") / "model"
-    CDiffSET(small_vae([8, 16, 16, 16]), unet, torch.randn(1, TOKENS, CONTEXT), DDPMScheduler()).save_pretrained(path)
-    return path
+TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 
 @pytest.fixture
-def args(model_path):
-    return Namespace(model=model_path, size=32, steps=2, batch_size=2, runs=1, rounds=1, device="cpu")
+def model():
+    return load_model(TINY, "cpu")
 
 
-CASES = [(task, name) for task, contenders in bench.CONTENDERS.items() for name in contenders if "compiled" not in name]
-
-
-@pytest.mark.parametrize("task, name", CASES)
-def test_every_contender_runs(args, task, name):
-    if "diffusers" in name:
+@pytest.mark.parametrize("package", ["diffusers", "none"])
+def test_the_released_sampler_and_ours_make_the_same_image(model, package, monkeypatch):
+    if package == "none":
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+    else:
         pytest.importorskip("diffusers")
-    figures = bench.measure(bench.CONTENDERS[task][name], args, keep=task == "sample")
-    assert len(figures["seconds"]) == 1 and figures["peak"] > 1e7
-    assert (figures["flops"] > 1e6) == (task != "load")
-    assert (figures["image"] is not None) == (task == "sample")
+    sar = bench.random_images(2, 32, "cpu")
+    ours = bench.sampler(model, sar, steps=2)()
+    torch.testing.assert_close(bench.released_sampler(model, sar, steps=2)(), ours, rtol=0, atol=1e-3)
+    assert ours.std() > 0.01
 
 
-def test_the_contenders_translate_alike(args):
-    """The released algorithm in diffusers, ours in float32 and in bfloat16: within 40 dB."""
-    pytest.importorskip("diffusers")
-    names = (bench.RELEASED, "float32", "bfloat16")
-    made = [bench.measure(bench.CONTENDERS["sample"][name], args, keep=True)["image"] for name in names]
-    released, float32, bfloat16 = (torch.from_numpy(x) / 2 + 0.5 for x in made)
-    assert float32.std() > 0.01 and (released - float32).abs().max() < 1e-4
-    assert psnr(bfloat16, float32).min() > 40
+@pytest.mark.parametrize("package", ["diffusers", "none"])
+def test_training_steps_change_the_weights(model, package, monkeypatch):
+    if package == "none":
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+    networks = bench.released_networks(model)
+    monkeypatch.setattr(bench, "released_networks", lambda _: networks)
+    images = bench.random_images(2, 32, "cpu")
+    with torch.no_grad():
+        latents = list(model.encode(images).repeat(2, 1, 1, 1).chunk(2))
+    released = bench.released_train_step(model, images, images), networks[1]
+    for step, unet in (released, (bench.train_step(model, latents, "float32"), model.unet)):
+        before = unet.conv_in.weight.detach().clone()
+        step()
+        change = (unet.conv_in.weight - before).abs().max()
+        assert 0 < change < 1e-4 and unet.conv_in.weight.grad is None
 
 
-def test_the_convolutions_flops_are_counted(args):
-    figures = bench.measure(bench.CEILINGS["convolution float32"], args)
-    assert figures["flops"] == 2 * 8 * 64 * 64 * 320 * 320 * 9
+def test_median_seconds_ignores_the_first_call(monkeypatch):
+    calls, clock = [], iter([0, 1, 10, 15, 20, 22])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.median_seconds(lambda: calls.append(1), 3, "cpu") == 2
+    assert len(calls) == 4
 
 
-def test_rows_give_medians_and_ratios(monkeypatch):
-    image = np.zeros((1, 3, 4, 4), np.float32)
-    contenders = {
-        "diffusers": bench.Contender(bench.translating),
-        "float32": bench.Contender(bench.translating),
-        "bfloat16 compiled": bench.Contender(bench.translating, "bfloat16", compiled=True),
-        "huge": bench.Contender(bench.translating),
-    }
-    results = {
-        "diffusers": {"seconds": [4.0, 9.0, 5.0], "peak": 7e9, "flops": 60, "image": image},
-        "float32": {"seconds": [2.0, 2.5, 8.0], "peak": 3e9, "flops": 50, "image": image + 0.2},
-        "bfloat16 compiled": {"seconds": [1.0], "peak": 2e9, "flops": None, "image": image},
-        "huge": {"error": "out of memory"},
-    }
-    limits = {"convolution float32": 80, "matrix product float32": 100, "convolution bfloat16": 200}
-    rows = bench.compare(contenders, results, limits)
-    assert list(rows) == list(contenders) and rows.pop("huge") == {"error": "out of memory"}
-
-    def column(name):
-        return [row.get(name) for row in rows.values()]
-
-    assert column("seconds") == [5, 2.5, 1] and column("times as fast") == [1, 2, 5] and column("peak, GB") == [7, 3, 2]
-    assert column("of the ceiling") == pytest.approx([0.1, 0.2, 0.25])  # of 50 FLOPs
-    assert column("PSNR to float32") == [pytest.approx(20), None, pytest.approx(20)]
+def test_the_ceiling_is_a_rate_of_floating_point_operations(monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda function, device: 2.0)
+    assert bench.matmul_ceiling("cpu", "float32") == 2048**3
 
 
-def test_a_contender_that_fails_is_told_and_the_others_go_on(args, tmp_path):
-    args.model = tmp_path  # which holds no model, but can be read
-    contenders = {name: bench.CONTENDERS["load"][name] for name in ("reading the files", "float32")}
-    with bench.tqdm(total=2, disable=True) as bar:
-        results = bench.take_turns(contenders, args, bar)
-    assert len(results["reading the files"]["seconds"]) == 1
-    assert results["float32"]["error"].startswith("ValueError: ") and "\n" not in results["float32"]["error"]
-
-
-def test_a_run_writes_a_table_and_keeps_the_other_tasks_of_its_file(model_path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "CEILINGS", {})  # they take no part in it
-    arguments = ["load", "--model", str(model_path), "--out", str(tmp_path), "--rounds", "1", "--runs", "1"]
-    assert bench.main(arguments) == 0
+def test_the_command_writes_the_table_that_it_prints(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_ceiling", lambda device, dtype: 1e12)
+    options = "--size 32 --steps 1 --rounds 2 --runs 1 --device cpu"
+    assert bench.main(["--model", str(trained), "--out", str(tmp_path), *options.split()]) == 0
+    printed = capsys.readouterr().out
     (path,) = tmp_path.glob("bench-*.json")
     result = json.loads(path.read_text())
-    path.write_text(json.dumps({"load": "old", "train": "kept"}))
-    assert bench.main(arguments) == 0
-    assert "| float32 " in capsys.readouterr().out
-    again = json.loads(path.read_text())
-    assert set(again) == {"load", "train"} and again["train"] == "kept"
-    assert {"command", "machine", "torch", "date", "settings", "ceilings", "rows"} <= again["load"].keys()
-    rows = result["load"]["rows"]
-    assert list(rows)[0] == "reading the files" and list(rows)[-1] == "float32"
-    first = rows["reading the files"]["seconds"]
-    assert all(row["times as fast"] == first / row["seconds"] for row in rows.values() if "error" not in row)
-
-
-def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match="is not there: give a C-DiffSET model folder"):
-        bench.main(["load", "--model", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["fly"])
-    assert "choose from sample, train, scene, load" in capsys.readouterr().err
-    assert bench.parse([]).tasks == [] and bench.parse(["load", "train"]).tasks == ["load", "train"]
+    for task in ("sample", "train"):
+        rows = result[task]
+        assert list(rows) == ["released algorithm", "float32", "bfloat16"]
+        for name, row in rows.items():
+            assert name in printed and f"{row['times as fast']:.3f}" in printed and 0 < row["of the ceiling"] < 1
+            first = rows["released algorithm"]["seconds"]
+            assert row["times as fast"] == pytest.approx(first / row["seconds"])
+    assert result["sample"]["bfloat16"]["PSNR to float32"] > 30
