@@ -207,7 +207,8 @@ def pairs(folder: Path, change: str) -> Path:
 
 
 CHANGES = (
-    "unequal", "small", "cmyk", "unpaired", "empty file", "animated", "bomb", "pipe", "loop", "loop of folders", "float",
+    "unequal", "small", "cmyk", "unpaired", "empty file", "animated", "bomb", "pipe", "loop", "loop of folders",
+    "float",
 )  # fmt: skip
 
 
