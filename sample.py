@@ -27,7 +27,7 @@ On several GPUs: torchrun --nproc_per_node=4 sample.py patches/ --out results/
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -165,25 +165,30 @@ def main(arguments: list[str] | None = None) -> int:
             bar.write(f"error: {text if name in text else f'{name}: {text}'}", file=sys.stderr)
             failed += 1
 
-        def opened() -> Iterator[tuple[Source, dict[str, Path]]]:
+        def opened() -> Iterator[tuple[Source, dict[str, Path], Tensor | None]]:
             taken: dict[tuple[str, str], Path] = {}
             for path, stem in stems.items():
                 try:
-                    yield open_image(path, stem, inputs, taken, model, args, say)
+                    source, paths = open_image(path, stem, inputs, taken, model, args, say)
+                    large = max(source.height, source.width) > args.tile
+                    # read now, so that a damaged image fails alone and not with its batch
+                    image = None if large else source.read(0, source.height, 0, source.width)
                 except (ValueError, OSError, MemoryError) as error:
                     fail(path, error)
+                else:
+                    yield source, paths, image
 
         # images of one padded size together, in batches; an image larger than a tile alone
         for size, same in groupby(opened(), lambda item: latent_size(model, item[0].height, item[0].width)):
             large = max(size) * model.vae.factor > args.tile
             while group := list(islice(same, 1 if large else max(1, args.batch_size // args.samples))):
-                sources, paths = zip(*group)
+                sources, paths, images = zip(*group)
                 bar.set_description(repr(sources[0].path.name))
                 try:
                     if large:
                         translations = [translate_large(model, sources[0], paths[0]["eo"].parent, args, bar)]
                     else:
-                        translations = translate_small(model, sources, args, bar)
+                        translations = translate_small(model, images, args, bar)
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     for source in sources:
                         fail(source.path, error)
@@ -288,15 +293,16 @@ def compile_unet(model: CDiffSET) -> None:
 # Translation
 
 
-def translate_small(model: CDiffSET, sources: list[Source], args: argparse.Namespace, bar: tqdm) -> list[Translation]:
-    """Translates images of one padded size in batches; each gives one part."""
+def translate_small(
+    model: CDiffSET, images: Sequence[Tensor], args: argparse.Namespace, bar: tqdm
+) -> list[Translation]:
+    """Translates images (3, H, W) of one padded size in batches; each gives one part."""
 
     def progress(timesteps: list[int]) -> Iterator[int]:
         for t in timesteps:
             yield t
             bar.update(len(batch))
 
-    images = [source.read(0, source.height, 0, source.width) for source in sources]
     work = [(pad_to_multiple(image[None], model.unit), seed) for image in images for seed in args.seeds]
     made = []
     for batch in chunks(work, args.batch_size):
