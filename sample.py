@@ -131,7 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     model = load_model(args.model or TINY, device, args.dtype, args.unet, args.prediction_type)
     args.tile = args.tile or max(512 // model.unit, 2) * model.unit
     args.batch_size = args.batch_size or (1 if device == "cpu" else 8)
-    args.stretch = args.stretch or model.trained_on.get("stretch")
+    if args.stretch is None and model.trained_on.get("stretch"):
+        args.stretch = model.trained_on["stretch"]
+        args.scale = model.trained_on["sar"] if args.scale == "auto" else args.scale
     check_tile(model, args.tile)
     if args.steps > model.scheduler.num_train_timesteps:
         raise ValueError(f"--steps {args.steps}: this model has {model.scheduler.num_train_timesteps} timesteps")
@@ -351,10 +353,11 @@ def write(source: Source, paths: dict[str, Path], translation: Translation, args
                 parts["spread"] = (127.5 * eo.std(dim=0).mean(dim=0)).cpu().numpy()
             yield top, left, parts
 
-    names = ("unet", "steps", "spacing", "seed", "samples", "scale", "stretch", "dtype", "tile")
-    about = {"Software": f"C-DiffSET {__version__}", "model": args.model or "models/tiny"}
+    names = ("unet", "prediction_type", "steps", "spacing", "seed", "samples", "scale", "dtype", "tile")
+    about = {"Software": f"C-DiffSET {__version__}", "input": source.path.name, "model": args.model or "models/tiny"}
     about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    about |= {"input": source.path.name}
+    if args.stretch is not None:
+        about["stretch"] = "{:g} {:g}".format(*args.stretch)
     # file names that are not UTF-8 lose their odd bytes
     about = {key: str(value).encode(errors="replace").decode() for key, value in about.items()}
     paths["eo"].parent.mkdir(parents=True, exist_ok=True)
