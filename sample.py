@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=total, unit="step", disable=None if rank() == 0 else True) as bar:
         said: set[str] = set()
 
-        def say(path: Path, line: str) -> None:  # once for all images that it holds for
+        def say(path: Path, line: str) -> None:  # each line once, not for every image
             if line not in said:
                 said.add(line)
                 bar.write(f"{one_line(repr(path.name))}: {line}")
@@ -280,8 +280,8 @@ def load_model(
 def compile_unet(model: CDiffSET) -> None:
     """Makes torch.compile compile the U-Net when it is first called. Raises ValueError if there is no compiler.
 
-    That is tried on a function of one addition, because the U-Net must not meet another shape than the one in use: at
-    a second shape, torch.compile compiles it again for shapes of all kinds, which is slower.
+    The compiler is tried on a small function and not on the U-Net, which should meet only the shape in use: for a
+    second shape, torch.compile compiles it again for all shapes, which is slower.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=model.device))
@@ -313,10 +313,9 @@ def translate_small(
         made += [(eo[i].cpu(), None if confidence is None else confidence[i].cpu()) for i in range(len(eo))]
     translations = []
     for image, samples in zip(images, chunks(made, args.samples)):
-        eo, confidence = (None if x[0] is None else torch.stack(x) for x in zip(*samples))
         height, width = image.shape[1:]
-        seen = None if confidence is None else confidence[:, :, :height, :width]
-        translations.append([(0, 0, eo[:, :, :height, :width], seen)])
+        eo, confidence = (None if x[0] is None else torch.stack(x)[:, :, :height, :width] for x in zip(*samples))
+        translations.append([(0, 0, eo, confidence)])
     return translations
 
 
