@@ -153,9 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=total, unit="step", disable=None if rank() == 0 else True) as bar:
         said: set[str] = set()
 
-        def say(path: Path, line: str) -> None:  # each line once, not for every image
-            if line not in said:
-                said.add(line)
+        def say(path: Path, line: str, topic: str | None = None) -> None:  # each topic once, not for every image
+            if (topic or line) not in said:
+                said.add(topic or line)
                 bar.write(f"{one_line(repr(path.name))}: {line}")
 
         def fail(path: Path, error: BaseException) -> None:
@@ -258,6 +258,7 @@ def open_image(path, stem, inputs, taken, model: CDiffSET, args, say) -> tuple[S
         raise ValueError(f"its results would overwrite those of {str(rival)!r}")
     for note in source.notes:
         say(path, note)
+    say(path, source.description, topic=source.scale.kind)
     trained = model.trained_on.get("sar")
     if trained not in (None, source.scale.kind):
         say(path, f"read as {source.scale.kind}, but the model was trained on {trained}: expect a poor translation")

@@ -283,7 +283,7 @@ class Source:
     """An opened SAR image: in memory, or read by windows if it is a GeoTIFF. Raises ImageError naming the file.
 
     placed: it has a place on earth or a no-data value, so that results should be GeoTIFFs, too.
-    notes: one line for each thing that was decided by looking at the file.
+    notes, description: lines to print, about the file and about how its numbers are read.
     """
 
     def __init__(self, path: Path, reading: Reading = Reading()):  # noqa: B008 (a constant)
@@ -301,7 +301,7 @@ class Source:
             every = math.ceil(max(self.height, self.width) / OVERVIEW)
             reduced = self.window(slice(None, None, every), slice(None, None, every))
         self.scale = sar_scale(reduced, reading)
-        self.notes = [*reduced.notes, describe_sar(reduced, self.scale)]
+        self.notes, self.description = reduced.notes, describe_sar(reduced, self.scale)
 
     def window(self, rows: slice, columns: slice) -> Raster:
         """A part of the image, in the file's own numbers."""

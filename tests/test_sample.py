@@ -182,7 +182,9 @@ def test_a_geotiff_keeps_its_place_beside_a_picture_of_its_name(run, trained, tm
 
 
 def test_numbers_are_read_as_the_options_or_the_model_say_and_that_is_printed_once(run, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(scene, "describe_sar", lambda raster, scale: f"read as {scale.kind}")
+    monkeypatch.setattr(
+        scene, "describe_sar", lambda raster, scale: f"read as {scale.kind}" + " in t" * ("t.tif" in raster.source)
+    )
     geotiff(tmp_path / "in/s.tif"), geotiff(tmp_path / "in/t.tif"), save(tmp_path / "in/u.png")
     model = CDiffSET.from_pretrained(trained)
     model.trained_on = {"sar": "linear", "stretch": [10, 90], "eo": "full"}
