@@ -71,8 +71,8 @@ def one_line(error: object) -> str:
     Names of files and tensors may hold line breaks and escape sequences.
     """
     text = " ".join(str(error).split())
-    text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
 def some(items: Iterable[str]) -> str:

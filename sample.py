@@ -27,7 +27,7 @@ On several GPUs: torchrun --nproc_per_node=4 sample.py patches/ --out results/
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -131,7 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     model = load_model(args.model or TINY, device, args.dtype, args.unet, args.prediction_type)
     args.tile = args.tile or max(512 // model.unit, 2) * model.unit
     args.batch_size = args.batch_size or (1 if device == "cpu" else 8)
-    args.stretch = args.stretch or model.trained_on.get("stretch")
+    if args.stretch is None and model.trained_on.get("stretch"):
+        args.stretch = model.trained_on["stretch"]
+        args.scale = model.trained_on["sar"] if args.scale == "auto" else args.scale
     check_tile(model, args.tile)
     if args.steps > model.scheduler.num_train_timesteps:
         raise ValueError(f"--steps {args.steps}: this model has {model.scheduler.num_train_timesteps} timesteps")
@@ -151,9 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=total, unit="step", disable=None if rank() == 0 else True) as bar:
         said: set[str] = set()
 
-        def say(path: Path, line: str) -> None:  # once for all images that it holds for
-            if line not in said:
-                said.add(line)
+        def say(path: Path, line: str, topic: str | None = None) -> None:  # each topic once, not for every image
+            if (topic or line) not in said:
+                said.add(topic or line)
                 bar.write(f"{one_line(repr(path.name))}: {line}")
 
         def fail(path: Path, error: BaseException) -> None:
@@ -165,25 +167,30 @@ def main(arguments: list[str] | None = None) -> int:
             bar.write(f"error: {text if name in text else f'{name}: {text}'}", file=sys.stderr)
             failed += 1
 
-        def opened() -> Iterator[tuple[Source, dict[str, Path]]]:
+        def opened() -> Iterator[tuple[Source, dict[str, Path], Tensor | None]]:
             taken: dict[tuple[str, str], Path] = {}
             for path, stem in stems.items():
                 try:
-                    yield open_image(path, stem, inputs, taken, model, args, say)
+                    source, paths = open_image(path, stem, inputs, taken, model, args, say)
+                    large = max(source.height, source.width) > args.tile
+                    # read now, so that a damaged image fails alone and not with its batch
+                    image = None if large else source.read(0, source.height, 0, source.width)
                 except (ValueError, OSError, MemoryError) as error:
                     fail(path, error)
+                else:
+                    yield source, paths, image
 
         # images of one padded size together, in batches; an image larger than a tile alone
         for size, same in groupby(opened(), lambda item: latent_size(model, item[0].height, item[0].width)):
             large = max(size) * model.vae.factor > args.tile
             while group := list(islice(same, 1 if large else max(1, args.batch_size // args.samples))):
-                sources, paths = zip(*group)
+                sources, paths, images = zip(*group)
                 bar.set_description(repr(sources[0].path.name))
                 try:
                     if large:
                         translations = [translate_large(model, sources[0], paths[0]["eo"].parent, args, bar)]
                     else:
-                        translations = translate_small(model, sources, args, bar)
+                        translations = translate_small(model, images, args, bar)
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     for source in sources:
                         fail(source.path, error)
@@ -251,6 +258,7 @@ def open_image(path, stem, inputs, taken, model: CDiffSET, args, say) -> tuple[S
         raise ValueError(f"its results would overwrite those of {str(rival)!r}")
     for note in source.notes:
         say(path, note)
+    say(path, source.description, topic=source.scale.kind)
     trained = model.trained_on.get("sar")
     if trained not in (None, source.scale.kind):
         say(path, f"read as {source.scale.kind}, but the model was trained on {trained}: expect a poor translation")
@@ -273,8 +281,8 @@ def load_model(
 def compile_unet(model: CDiffSET) -> None:
     """Makes torch.compile compile the U-Net when it is first called. Raises ValueError if there is no compiler.
 
-    That is tried on a function of one addition, because the U-Net must not meet another shape than the one in use: at
-    a second shape, torch.compile compiles it again for shapes of all kinds, which is slower.
+    The compiler is tried on a small function and not on the U-Net, which should meet only the shape in use: for a
+    second shape, torch.compile compiles it again for all shapes, which is slower.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=model.device))
@@ -288,15 +296,16 @@ def compile_unet(model: CDiffSET) -> None:
 # Translation
 
 
-def translate_small(model: CDiffSET, sources: list[Source], args: argparse.Namespace, bar: tqdm) -> list[Translation]:
-    """Translates images of one padded size in batches; each gives one part."""
+def translate_small(
+    model: CDiffSET, images: Sequence[Tensor], args: argparse.Namespace, bar: tqdm
+) -> list[Translation]:
+    """Translates images (3, H, W) of one padded size in batches; each gives one part."""
 
     def progress(timesteps: list[int]) -> Iterator[int]:
         for t in timesteps:
             yield t
             bar.update(len(batch))
 
-    images = [source.read(0, source.height, 0, source.width) for source in sources]
     work = [(pad_to_multiple(image[None], model.unit), seed) for image in images for seed in args.seeds]
     made = []
     for batch in chunks(work, args.batch_size):
@@ -305,10 +314,9 @@ def translate_small(model: CDiffSET, sources: list[Source], args: argparse.Names
         made += [(eo[i].cpu(), None if confidence is None else confidence[i].cpu()) for i in range(len(eo))]
     translations = []
     for image, samples in zip(images, chunks(made, args.samples)):
-        eo, confidence = (None if x[0] is None else torch.stack(x) for x in zip(*samples))
         height, width = image.shape[1:]
-        seen = None if confidence is None else confidence[:, :, :height, :width]
-        translations.append([(0, 0, eo[:, :, :height, :width], seen)])
+        eo, confidence = (None if x[0] is None else torch.stack(x)[:, :, :height, :width] for x in zip(*samples))
+        translations.append([(0, 0, eo, confidence)])
     return translations
 
 
@@ -345,10 +353,11 @@ def write(source: Source, paths: dict[str, Path], translation: Translation, args
                 parts["spread"] = (127.5 * eo.std(dim=0).mean(dim=0)).cpu().numpy()
             yield top, left, parts
 
-    names = ("unet", "steps", "spacing", "seed", "samples", "scale", "stretch", "dtype", "tile")
-    about = {"Software": f"C-DiffSET {__version__}", "model": args.model or "models/tiny"}
+    names = ("unet", "prediction_type", "steps", "spacing", "seed", "samples", "scale", "dtype", "tile")
+    about = {"Software": f"C-DiffSET {__version__}", "input": source.path.name, "model": args.model or "models/tiny"}
     about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    about |= {"input": source.path.name}
+    if args.stretch is not None:
+        about["stretch"] = "{:g} {:g}".format(*args.stretch)
     # file names that are not UTF-8 lose their odd bytes
     about = {key: str(value).encode(errors="replace").decode() for key, value in about.items()}
     paths["eo"].parent.mkdir(parents=True, exist_ok=True)

@@ -81,14 +81,14 @@ def translate_scene(
     h, w = latent_size(model, height, width)
     side = tile // factor
 
-    def pixels(rows: slice, columns: slice) -> Tensor:
+    def read_pixels(rows: slice, columns: slice) -> Tensor:  # the SAR image at these latent pixels
         bottom, right = min(rows.stop * factor, height), min(columns.stop * factor, width)
         image = read(rows.start * factor, bottom, columns.start * factor, right)
         return pad_to_multiple(image[None].float(), model.unit)[0]
 
     # what the networks compute for several tiles at once: (B, C, ...)
     def encode(tiles: list[Tile]) -> Tensor:
-        return model.encode(torch.stack([pixels(*place) for _, *place in tiles]))
+        return model.encode(torch.stack([read_pixels(*place) for _, *place in tiles]))
 
     def predict(t: int, middle: bool, tiles: list[Tile]) -> Tensor:
         sar = torch.stack([z_sar.read(0, *place) for _, *place in tiles]).to(context)
@@ -101,7 +101,7 @@ def translate_scene(
     def decode(tiles: list[Tile]) -> Tensor:
         return model.decode(torch.stack([z_t.read(*place) for place in tiles]))
 
-    def resized(rows: slice, columns: slice) -> Tensor:  # the confidence (N, 1, ...) of these latent pixels
+    def read_confidence(rows: slice, columns: slice) -> Tensor:  # (N, 1, ...), resized, at these latent pixels
         above, before = max(rows.start - MARGIN, 0), max(columns.start - MARGIN, 0)
         place = slice(above, min(rows.stop + MARGIN, h)), slice(before, min(columns.stop + MARGIN, w))
         x = torch.stack([confidence.read(n, *place) for n in range(samples)])
@@ -132,9 +132,9 @@ def translate_scene(
         for rows, columns, eo in blended(decode, samples, factor):
             top, left = rows.start * factor, columns.start * factor
             eo = eo[:, :, : height - top, : width - left].clamp(-1, 1)
-            seen = resized(rows, columns)[:, :, : eo.shape[2], : eo.shape[3]] if model.has_variance else None
+            part = read_confidence(rows, columns)[:, :, : eo.shape[2], : eo.shape[3]] if model.has_variance else None
             progress(samples)
-            yield top, left, eo, seen
+            yield top, left, eo, part
 
 
 def chunks(items: list, size: int) -> Iterator[list]:
@@ -283,7 +283,7 @@ class Source:
     """An opened SAR image: in memory, or read by windows if it is a GeoTIFF. Raises ImageError naming the file.
 
     placed: it has a place on earth or a no-data value, so that results should be GeoTIFFs, too.
-    notes: one line for each thing that was decided by looking at the file.
+    notes, description: lines to print, about the file and about how its numbers are read.
     """
 
     def __init__(self, path: Path, reading: Reading = Reading()):  # noqa: B008 (a constant)
@@ -301,7 +301,7 @@ class Source:
             every = math.ceil(max(self.height, self.width) / OVERVIEW)
             reduced = self.window(slice(None, None, every), slice(None, None, every))
         self.scale = sar_scale(reduced, reading)
-        self.notes = [*reduced.notes, describe_sar(reduced, self.scale)]
+        self.notes, self.description = reduced.notes, describe_sar(reduced, self.scale)
 
     def window(self, rows: slice, columns: slice) -> Raster:
         """A part of the image, in the file's own numbers."""
@@ -399,4 +399,4 @@ def write_geotiffs(source: Source, results: Results, paths: dict[str, Path], abo
                     for _, window in file.block_windows(1):
                         file.read(window=window)
         except (rasterio.errors.RasterioError, OSError) as error:
-            raise OSError(f"cannot write {str(paths['eo'])!r} and its like (is the disk full?): {error}") from error
+            raise OSError(f"cannot write {str(paths['eo'])!r} and the others (is the disk full?): {error}") from error

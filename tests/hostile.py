@@ -1,4 +1,4 @@
-"""What the hostile tests share: a program run in a process of its own, with little memory, and what it left on disk."""
+"""What tests share: a script in a process of its own with little memory, what it leaves on disk, files to give it."""
 
 import os
 import re
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import common
 
-MEMORY = 2**30  # bytes that a program may take beyond what is there when it starts
-SECONDS = 60  # that it may take
+MEMORY = 2**30  # bytes that a script may take beyond those of the tests
+SECONDS = 60
 
 
 class Outcome(NamedTuple):
@@ -29,9 +30,9 @@ class Outcome(NamedTuple):
 
 
 def outcome(main: Callable, *arguments, before: Callable[[], object] = lambda: None, memory: int = MEMORY) -> Outcome:
-    """Runs a script's main() in a forked process, as common.run does: -> exit code, lines on stdout and on stderr.
+    """Runs a script's main() with common.run in a forked process: -> exit code, lines on stdout and on stderr.
 
-    Bars are left out of the lines. A process that takes too much memory fails, one that hangs is killed.
+    Progress bars are left out. Allocating more than `memory` bytes fails in it; after a minute it is killed.
     """
     with tempfile.TemporaryFile("w+", newline="") as out, tempfile.TemporaryFile("w+", newline="") as err:
         if not (child := os.fork()):
@@ -58,7 +59,7 @@ def outcome(main: Callable, *arguments, before: Callable[[], object] = lambda: N
 
 
 def tree(*folders: Path) -> dict[str, tuple]:
-    """All that is in the folders: kind, content and time of change by name."""
+    """All that is in the folders: {name: (kind and permissions, size, content)}."""
     found = {}
     for folder in folders:
         for path in sorted(folder.rglob("*")):
@@ -75,6 +76,17 @@ def assert_refused(result: Outcome, *words: str) -> None:
     assert result.err[0].isprintable() and all(word in result.err[0] for word in words), result.err
 
 
+def names(folder: Path) -> set[str]:
+    """The files below a folder, hidden ones too."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def pixels(path: Path) -> np.ndarray:
+    """The pixels of a picture, (H, W) or (H, W, C), as signed integers."""
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Files
 
@@ -85,7 +97,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"", extra: bytes = b"") -> bytes:
-    """A PNG that says what it likes."""
+    """A PNG whose header may lie."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -118,9 +130,24 @@ def noise(height: int, width: int, channels: tuple = (), dtype: type = np.uint8,
 
 
 def save(path: Path, array: np.ndarray | None = None, **options) -> Path:
-    """A picture that can be used, unless another is given."""
+    """Writes a picture, of noise if none is given, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise(16, 16) if array is None else array).save(path, **options)
+    return path
+
+
+def geotiff(path: Path, bands: np.ndarray | None = None, side: int = 90, **profile) -> Path:
+    """Writes a GeoTIFF, (C, H, W); by default VV and VH in dB with a corner of 10 x 15 pixels without data, -9999."""
+    rasterio = pytest.importorskip("rasterio")
+    if bands is None:
+        bands = np.random.default_rng(0).normal(-12, 4, (2, side, side - side // 5)).astype(np.float32)
+        bands[:, :10, :15] = -9999
+        profile = {"nodata": -9999} | profile
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = {"crs": "EPSG:32737", "transform": rasterio.transform.from_origin(500000, 9e6, 10, 10)}
+    count, height, width = bands.shape
+    with rasterio.open(path, "w", "GTiff", width, height, count, dtype=bands.dtype, **place | profile) as file:
+        file.write(bands)
     return path
 
 
