@@ -125,7 +125,7 @@ def test_what_has_no_partner_is_counted_and_named(tmp_path):
 def test_two_polarisations_in_two_files_are_named_with_the_command_that_makes_them_one(tmp_path):
     for name in ("sar/S1_VV.tif", "sar/S1_VH.tif", "eo/S1.png"):
         picture(tmp_path / name)
-    with pytest.raises(ValueError, match=r"none has a partner.*rio stack S1_V[VH].tif S1_V[VH].tif -o"):
+    with pytest.raises(ValueError, match=r"none has a partner.*rio stack S1_VV.tif S1_VH.tif -o"):
         find_pairs(tmp_path)
     for name in ("sar/other.png", "eo/other.png"):
         picture(tmp_path / name)
