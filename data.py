@@ -40,7 +40,7 @@ from images import (
     read_sar,
     sar_scale,
 )
-from rasters import polarisation_partner
+from rasters import is_cross, polarisation, polarisation_partner
 from weights import network_digest
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,13 +147,12 @@ def find_pairs(root: str | Path) -> Pairs:
 
 
 def stacking(paths: Iterable[Path]) -> str:
-    """What to do if two of the files are the polarisations of one image, or nothing."""
+    """What to do if one of the files is a polarisation of an image whose other one lies beside it; else nothing."""
     for path in paths:
         if partner := polarisation_partner(path):
-            return (
-                f"; {path.name!r} and {partner.name!r} are two polarisations of one image, make them one: "
-                f"rio stack {path.name} {partner.name} -o NAME.tif"
-            )
+            co, cross = sorted((path, partner), key=lambda file: is_cross(polarisation(file.stem)))
+            command = f"rio stack {co.name} {cross.name} -o NAME.tif"
+            return f"; {co.name!r} and {cross.name!r} are two polarisations of one image, make them one: {command}"
     return ""
 
 

@@ -217,10 +217,11 @@ def sar_image(raster: Raster, scale: SarScale) -> Tensor:
 
 
 def describe_sar(raster: Raster, scale: SarScale) -> str:
-    """One line: how the image is read, and how to overrule that."""
+    """One line: how an image is read, and how to overrule that."""
     ranges = " and ".join(dict.fromkeys(f"{low:.4g}..{high:.4g}" for low, high in scale.limits.T))
     seen = f" ({ranges})" if scale.kind in PERCENTILES else ""
-    return f"{raster.source} is read as {HOW[scale.kind]}{seen}; --scale or --stretch overrules"
+    names = f", {' and '.join(raster.names)}" if raster.names else ""
+    return f"read as {HOW[scale.kind]}{seen}{names}; --scale or --stretch overrules"
 
 
 def read_eo(path: str | Path, reading: Reading = AUTO, window: tuple[slice, slice] | None = None) -> Tensor:

@@ -202,6 +202,7 @@ def read_window(
     valid = _measured(bands, masks.any(0) if dtype.kind == "u" else masks.all(0))
     scale, offset = (np.float32([v[i - 1] for i in indexes])[:, None, None] for v in (dataset.scales, dataset.offsets))
     if scaled := bool((scale != 1).any() or (offset != 0).any()):
+        valid &= (bands != 0).any(0)
         bands = bands * scale + offset
         valid &= np.isfinite(bands).all(0)
     return Raster(bands, valid, name, polarisations, notes, scaled)
@@ -221,7 +222,7 @@ def _measured(bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 POLARISATION = re.compile(r"(?<![a-z])(?:vv|vh|hh|hv)(?![a-z])", re.IGNORECASE)  # in Sigma0_VV_db, s0_vv, VH
 ANCILLARY = re.compile(
-    r"angle|incidence|mask|layover|shadow|elevation|noise|coherence|(?<![a-z])(dem|lia|coh|phase|area)(?![a-z])",
+    r"angle|incidence|mask(?![a-z])|layover|shadow|elevation|coherence|(?<![a-z])(dem|lia|coh|phase|noise|area)(?![a-z])",
     re.IGNORECASE,
 )
 

@@ -91,17 +91,6 @@ def test_in_folders_sar_and_eo_pair_whatever_their_endings_and_two_of_one_name_a
         find_pairs(tmp_path)
 
 
-def test_spacenet6_is_read_as_the_paper_says(tmp_path):
-    sar = np.stack([np.linspace(1, 10 + i, 32 * 32, dtype="float32").reshape(32, 32) for i in range(4)])
-    path = geotiff(tmp_path / "SAR-Intensity" / SN6.format("SAR-Intensity"), sar)
-    geotiff(tmp_path / "PS-RGB" / SN6.format("PS-RGB"), noise(3, 32, 32))
-    low, high = np.percentile(sar, (1, 99), axis=(1, 2))
-    x = (np.clip(sar.transpose(1, 2, 0), low, high) - low) / (high - low) * 2 - 1
-    expected = np.stack((x[..., 0], (x[..., 1] + x[..., 2]) / 2, x[..., 3]))
-    assert np.allclose(images.read_sar(path), expected, atol=1e-5)
-    assert "4 band(s) of float32" in "".join(data.describe(find_pairs(tmp_path)))
-
-
 @pytest.mark.parametrize("total, number", [(199, 100), (63, 32), (10, 3), (5, 9)])
 def test_a_choice_of_pairs_is_spread_over_all_of_them(total, number):
     chosen = data.evenly(list(range(total)), number)
@@ -125,7 +114,7 @@ def test_what_has_no_partner_is_counted_and_named(tmp_path):
 def test_two_polarisations_in_two_files_are_named_with_the_command_that_makes_them_one(tmp_path):
     for name in ("sar/S1_VV.tif", "sar/S1_VH.tif", "eo/S1.png"):
         picture(tmp_path / name)
-    with pytest.raises(ValueError, match=r"none has a partner.*rio stack S1_V[VH].tif S1_V[VH].tif -o"):
+    with pytest.raises(ValueError, match=r"none has a partner.*rio stack S1_VV.tif S1_VH.tif -o"):
         find_pairs(tmp_path)
     for name in ("sar/other.png", "eo/other.png"):
         picture(tmp_path / name)
@@ -303,11 +292,6 @@ def test_crops_reach_every_place():
     assert places == {(top, left) for top in range(2) for left in range(3)}
 
 
-def test_the_central_crop_is_central():
-    image = torch.arange(100).reshape(1, 10, 10)
-    assert torch.equal(data.center_crop(image, 4), image[:, 3:7, 3:7])
-
-
 def test_a_crop_larger_than_the_image_is_refused():
     image = torch.zeros(3, 16, 20)
     for crop in (lambda: data.center_crop(image, 17), lambda: augmented(image, 17, 0)):
@@ -402,6 +386,7 @@ def test_a_cached_sample_is_the_sample_encoded_in_every_orientation(model, sampl
         torch.testing.assert_close(cached, encoded, rtol=2**-10, atol=1e-5)
         orientations.add(samples.augmentation(position, 64, 64)[2])
     assert orientations == set(range(8))
+    assert (folder / "latents.bin").stat().st_size == len(samples) * 8 * 2 * 4 * 16 * 16 * 2
 
 
 @torch.no_grad()
@@ -421,10 +406,6 @@ def test_encoding_an_oriented_image_is_not_orienting_the_latent(model, samples):
     sar = samples[0][0][None]
     difference = model.encode(sar.flip(-1)) - model.encode(sar).flip(-1)
     assert float(difference.abs().max()) > 0.01
-
-
-def test_the_cache_takes_the_room_that_the_docstring_says(samples, folder):
-    assert (folder / "latents.bin").stat().st_size == len(samples) * 8 * 2 * 4 * 16 * 16 * 2
 
 
 def test_a_cache_killed_at_random_moments_goes_on_to_the_same_bytes(base, samples, folder, tmp_path):

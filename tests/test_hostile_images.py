@@ -61,10 +61,9 @@ def test_bad_images_are_named_in_one_line_each_and_the_good_ones_done(trained, t
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("name", ["bomb.png", "cmyk.jpg", "pages.tif"])
-def test_a_bad_image_in_a_shell_is_one_line_and_exit_code_2(trained, tmp_path, name):
-    cases = bad_pngs() | bad_jpegs() | bad_tiffs()
-    (tmp_path / name).write_bytes(cases[name])
+def test_a_bad_image_in_a_shell_is_one_line_and_exit_code_2(trained, tmp_path):
+    name = "bomb.png"
+    (tmp_path / name).write_bytes(bad_pngs()[name])
     before = tree(tmp_path)
     command = [sys.executable, Path(sample.__file__), name, "--model", trained, "--steps", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

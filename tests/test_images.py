@@ -101,7 +101,7 @@ NAMED = {  # names of bands: what is read, as indexes of (VV, VH, other)
     ("VV", "VH", "angle"): [0, 1, 2],
     ("angle", "VH", "VV"): [2, 1, 0],
     ("Sigma0_VV_db", "Sigma0_VH_db"): [0, 1],
-    ("Gamma0_VH", "Gamma0_VV"): [1, 0],
+    ("Gamma0_VH_masked", "Gamma0_VV_denoised", "VV_noise"): [1, 0, 2],
     ("localIncidenceAngle", "s0_vv", "mask", "s0_vh"): [2, 0, 2, 1],
     ("VV", "VH", "VH/VV", None): [0, 1, 2, 2],
     ("VH", "VV", "dem", "layover_shadow_mask", "incidence_angle_VV"): [1, 0, 2, 2, 2],
@@ -213,9 +213,10 @@ def test_a_declared_scale_and_offset_are_applied(tmp_path):
     path = geotiff(tmp_path / "a.tif", hundredths, scales=(0.01, 0.01))
     expected = read_sar(geotiff(tmp_path / "db.tif", hundredths.astype("float32") / 100))
     assert expected[:, 0].eq(-1).all() and torch.allclose(read_sar(path), expected, atol=1e-5)
-    shifted = (hundredths[:, 1:] + 5000).astype("uint16")
+    shifted = np.where(hundredths == -32768, 0, hundredths + np.int32(5000)).astype("uint16")
     path = geotiff(tmp_path / "b.tif", shifted, scales=(0.01, 0.01), offsets=(-50, -50))
-    assert torch.allclose(read_sar(path), expected[:, 1:], atol=1e-5)
+    assert torch.allclose(read_sar(path), expected, atol=1e-5)
+    assert not images.read_raster(path).valid[0].any()  # 0 in all bands
 
 
 @pytest.mark.parametrize("bands", [1, 2])
