@@ -50,7 +50,7 @@ from common import (
     start_processes,
     world_size,
 )
-from data import walk_images
+from data import stacking, walk_images
 from images import SAR_KINDS, Reading, to_uint8
 from scene import (
     Source,
@@ -149,59 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
         for line in [*model.assumptions, f"translating on {device} in {args.dtype}"]:
             print(line)
 
-    total, done, failed = len(stems) * args.samples * args.steps, [], 0
+    total = len(stems) * args.samples * args.steps
     with tqdm(total=total, unit="step", disable=None if rank() == 0 else True) as bar:
-        said: set[str] = set()
-
-        def say(path: Path, line: str, topic: str | None = None) -> None:  # each topic once, not for every image
-            if (topic or line) not in said:
-                said.add(topic or line)
-                bar.write(f"{one_line(repr(path.name))}: {line}")
-
-        def fail(path: Path, error: BaseException) -> None:
-            nonlocal failed
-            if isinstance(error, RuntimeError) and not out_of_memory(error):  # a bug
-                raise error
-            name, text = repr(str(path)), one_line(error)
-            text = "out of memory: try a smaller --batch-size or --tile" if out_of_memory(error) else text
-            bar.write(f"error: {text if name in text else f'{name}: {text}'}", file=sys.stderr)
-            failed += 1
-
-        def opened() -> Iterator[tuple[Source, dict[str, Path], Tensor | None]]:
-            taken: dict[tuple[str, str], Path] = {}
-            for path, stem in stems.items():
-                try:
-                    source, paths = open_image(path, stem, inputs, taken, model, args, say)
-                    large = max(source.height, source.width) > args.tile
-                    # read now, so that a damaged image fails alone and not with its batch
-                    image = None if large else source.read(0, source.height, 0, source.width)
-                except (ValueError, OSError, MemoryError) as error:
-                    fail(path, error)
-                else:
-                    yield source, paths, image
-
-        # images of one padded size together, in batches; an image larger than a tile alone
-        for size, same in groupby(opened(), lambda item: latent_size(model, item[0].height, item[0].width)):
-            large = max(size) * model.vae.factor > args.tile
-            while group := list(islice(same, 1 if large else max(1, args.batch_size // args.samples))):
-                sources, paths, images = zip(*group)
-                bar.set_description(repr(sources[0].path.name))
-                try:
-                    if large:
-                        translations = [translate_large(model, sources[0], paths[0]["eo"].parent, args, bar)]
-                    else:
-                        translations = translate_small(model, images, args, bar)
-                except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    for source in sources:
-                        fail(source.path, error)
-                    continue
-                for source, its_paths, translation in zip(sources, paths, translations):
-                    try:
-                        write(source, its_paths, translation, args)
-                        done.append(its_paths)
-                    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                        fail(source.path, error)
-                    source.close()
+        done, failed = translate_files(model, stems, inputs, args, bar)
     if len(done) == 1:
         print(f"wrote {', '.join(repr(str(path)) for path in done[0].values())}")
     elif done:
@@ -257,11 +207,13 @@ def open_image(path, stem, inputs, taken, model: CDiffSET, args, say) -> tuple[S
     if os.path.realpath(rival) != os.path.realpath(path):
         raise ValueError(f"its results would overwrite those of {str(rival)!r}")
     for note in source.notes:
-        say(path, note)
-    say(path, source.description, topic=source.scale.kind)
-    trained = model.trained_on.get("sar")
-    if trained not in (None, source.scale.kind):
-        say(path, f"read as {source.scale.kind}, but the model was trained on {trained}: expect a poor translation")
+        say(path, note, topic=note)
+    if partner := stacking([path]):
+        say(path, partner.removeprefix("; "), topic="two polarisations")
+    kind, trained = source.scale.kind, model.trained_on.get("sar")
+    say(path, source.description, topic=kind)
+    if trained not in (None, kind):
+        say(path, f"read as {kind}, but the model was trained on {trained}: expect a poor translation", f"not {kind}")
     return source, paths
 
 
@@ -294,6 +246,66 @@ def compile_unet(model: CDiffSET) -> None:
 
 # ----------------------------------------------------------------------------------------------------------
 # Translation
+
+
+def translate_files(
+    model: CDiffSET, stems: dict[Path, Path], inputs: set[str], args: argparse.Namespace, bar: tqdm
+) -> tuple[list[dict[str, Path]], int]:
+    """Translates images in order; returns the paths of the results of each, and the number of images that failed.
+
+    stems: from `find_images`. inputs: the real paths of all images, which must not be overwritten.
+    """
+    done, failed, said, taken = [], 0, set(), {}
+
+    def say(path: Path, line: str, topic: str) -> None:  # each topic once, not for every image
+        if topic not in said:
+            said.add(topic)
+            bar.write(f"{one_line(repr(path.name))}: {line}")
+
+    def fail(path: Path, error: BaseException) -> None:
+        nonlocal failed
+        if isinstance(error, RuntimeError) and not out_of_memory(error):  # a bug
+            raise error
+        name, text = repr(str(path)), one_line(error)
+        text = "out of memory: try a smaller --batch-size or --tile" if out_of_memory(error) else text
+        bar.write(f"error: {text if name in text else f'{name}: {text}'}", file=sys.stderr)
+        failed += 1
+
+    def opened() -> Iterator[tuple[Source, dict[str, Path], Tensor | None]]:
+        for path, stem in stems.items():
+            try:
+                source, paths = open_image(path, stem, inputs, taken, model, args, say)
+                large = max(source.height, source.width) > args.tile
+                # read now, so that a damaged image fails alone and not with its batch
+                image = None if large else source.read(0, source.height, 0, source.width)
+            except (ValueError, OSError, MemoryError) as error:
+                fail(path, error)
+            else:
+                yield source, paths, image
+
+    # images of one padded size together, in batches; an image larger than a tile alone
+    for size, same in groupby(opened(), lambda item: latent_size(model, item[0].height, item[0].width)):
+        large = max(size) * model.vae.factor > args.tile
+        while group := list(islice(same, 1 if large else max(1, args.batch_size // args.samples))):
+            sources, paths, images = zip(*group)
+            bar.set_description(repr(sources[0].path.name))
+            try:
+                if large:
+                    translations = [translate_large(model, sources[0], paths[0]["eo"].parent, args, bar)]
+                else:
+                    translations = translate_small(model, images, args, bar)
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                for source in sources:
+                    fail(source.path, error)
+                continue
+            for source, its_paths, translation in zip(sources, paths, translations):
+                try:
+                    write(source, its_paths, translation, args)
+                    done.append(its_paths)
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    fail(source.path, error)
+                source.close()
+    return done, failed
 
 
 def translate_small(

@@ -32,9 +32,11 @@ from images import (
     Raster,
     Reading,
     confidence_picture,
+    crop,
     describe_sar,
     needs_rasterio,
     open_geotiff,
+    overview,
     read_picture,
     read_window,
     sar_image,
@@ -46,7 +48,6 @@ from scheduler import DDIMScheduler
 
 NOISE_CHUNK = 2**20  # numbers drawn at a time
 MARGIN = 4  # latent rows that bicubic resizing must see beyond a window; its kernel reaches 2
-OVERVIEW = 1024  # longest side of the reduced copy from which a scene's range of values is taken
 Tile = tuple[int, slice, slice]  # number of the sample, rows, columns
 
 
@@ -293,13 +294,10 @@ class Source:
             self.height, self.width = file.shape
             self.placed = bool(file.crs or file.gcps[0] or file.rpcs or not file.transform.is_identity)
             self.placed |= file.nodata is not None
-            shrink = max(1.0, max(file.shape) / OVERVIEW)
-            reduced = read_window(file, shape=tuple(round(n / shrink) or 1 for n in file.shape))
         else:
             self.raster = read_picture(path)
             self.height, self.width = self.raster.valid.shape
-            every = math.ceil(max(self.height, self.width) / OVERVIEW)
-            reduced = self.window(slice(None, None, every), slice(None, None, every))
+        reduced = overview(self.dataset or self.raster)
         self.scale = sar_scale(reduced, reading)
         self.notes, self.description = reduced.notes, describe_sar(reduced, self.scale)
 
@@ -307,8 +305,7 @@ class Source:
         """A part of the image, in the file's own numbers."""
         if self.raster is None:
             return read_window(self.dataset, (rows, columns))
-        bands, valid = self.raster.bands[:, rows, columns], self.raster.valid[rows, columns]
-        return self.raster._replace(bands=bands, valid=valid)
+        return crop(self.raster, rows, columns)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """A part of the image as float32 (3, bottom - top, right - left) in [-1, 1]; no-data is -1."""

@@ -178,18 +178,21 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     device = start_processes(args.device)
     args.dtype = choose_dtype(args.dtype, device, training=True)
+    if args.batch_size % (world_size() * args.accumulate):
+        parts = f"{world_size()} process(es) x {args.accumulate} accumulation step(s)"
+        raise ValueError(f"--batch-size {args.batch_size}: cannot be shared evenly by {parts}")
     say = print if rank() == 0 else lambda *_: None
 
-    # the data: pairs, the split, how the numbers in the files are read
+    # the data: pairs, how the numbers in their files are read, the split
     found = find_pairs(args.data)
-    pairs = cut_large(found.pairs, args.size, cached=bool(args.cache))
-    split = split_pairs(pairs, args.seed)
-    reading, remarks = decide_reading(
-        split.train, Reading(args.scale, tuple(args.stretch) if args.stretch else None, args.eo_scale)
-    )
+    asked = Reading(args.scale, tuple(args.stretch) if args.stretch else None, args.eo_scale)
+    reading, remarks = decide_reading(found.pairs, asked)
+    for line in [*describe(found), *remarks]:
+        say(line)
+    split = split_pairs(cut_large(found.pairs, args.size, cached=bool(args.cache)), args.seed)
     validation = evenly(split.val, args.validate_images)
     samples = PairDataset(split.train, args.size, args.seed, flips=not args.no_flips, reading=reading)
-    for line in [*describe(found), *split.notes, *remarks]:
+    for line in split.notes:
         say(line)
     say(f"{len(split.train)} pairs to train on, {len(split.val)} to validate on (listed in {args.out / 'split.json'})")
 
@@ -334,9 +337,6 @@ def fit(
     Returns the exit code: 0, or 130 or 143 if a signal stopped it. Raises ValueError on a loss that is not finite,
     data that cannot be read, and files that cannot be written.
     """
-    if args.batch_size % (world_size() * args.accumulate):
-        parts = f"{world_size()} process(es) x {args.accumulate} accumulation step(s)"
-        raise ValueError(f"--batch-size {args.batch_size}: cannot be shared evenly by {parts}")
     device = next(network.parameters()).device
     state = State(network, args)
     if kept := checkpoints(args.out):

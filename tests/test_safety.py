@@ -16,6 +16,7 @@ from bad_images import rasterio
 from hostile import geotiff, names, noise, outcome, pixels, save, tree
 
 import evaluate
+import images
 import sample
 import scene
 import train
@@ -123,7 +124,7 @@ def test_the_watch_above_sees_each_of_these(tmp_path, deed):
 @pytest.mark.parametrize("kind", [".ovr", ".aux.xml"])
 def test_files_beside_a_geotiff_cannot_make_gdal_read_others(tmp_path, monkeypatch, kind):
     """GDAL opens a.tif.ovr, or what a.tif.aux.xml names, with any driver, even those that read the network."""
-    monkeypatch.setattr(scene, "OVERVIEW", 100)
+    monkeypatch.setattr(images, "OVERVIEW", 100)
     path = geotiff(tmp_path / "a.tif", np.full((1, 2000, 2000), 1, np.float32))
     secret = geotiff(tmp_path / "secret.tif", np.full((1, 500, 500), 7, np.float32))
     source = f"<SimpleSource><SourceFilename>{secret}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"

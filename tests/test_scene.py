@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hostile import geotiff, names, noise, outcome, pixels, save
 
+import images
 import scene
 from cdiffset import CDiffSET, initial_noise
 from images import confidence_picture, read_sar
@@ -220,7 +221,7 @@ def test_a_geotiff_is_read_by_windows_like_a_whole_one(tmp_path):
 def test_the_range_of_a_large_image_is_taken_from_a_reduced_copy(tmp_path, monkeypatch, kind):
     path = geotiff(tmp_path / "sar.tif") if kind == "tif" else save(tmp_path / "sar.png", noise(90, 72))
     shapes, sar_scale = [], scene.sar_scale
-    monkeypatch.setattr(scene, "OVERVIEW", 30)
+    monkeypatch.setattr(images, "OVERVIEW", 30)
     monkeypatch.setattr(
         scene, "sar_scale", lambda raster, *a: shapes.append(raster.valid.shape) or sar_scale(raster, *a)
     )
