@@ -337,12 +337,16 @@ def load_prompt_embedding(path: str | Path) -> Tensor | None:
 
 
 def load_trained_on(path: str | Path) -> dict:
-    """What `save_model` was told about the training data; {} if the model does not say."""
+    """How the training data was read, {"sar": kind, "stretch": (low, high) or None, "eo": kind}; {} if unknown."""
     file = Path(path) / "model_index.json"
-    trained_on = read_json(file).get("_trained_on", {}) if file.is_file() else {}
-    if not isinstance(trained_on, dict):
-        raise ValueError(f"{file}: _trained_on must be a JSON object")
-    return trained_on
+    match read_json(file).get("_trained_on", {}) if file.is_file() else {}:
+        case {"sar": str(sar), "stretch": None, "eo": str(eo)}:
+            return {"sar": sar, "stretch": None, "eo": eo}
+        case {"sar": str(sar), "stretch": [int() | float() as low, int() | float() as high], "eo": str(eo)}:
+            return {"sar": sar, "stretch": (low, high), "eo": eo}
+        case {**others} if not others:
+            return {}
+    raise ValueError(f"{file}: _trained_on is not what train.py writes; remove it to have images read by looking")
 
 
 def network_digest(network: AutoencoderKL | UNet) -> str:

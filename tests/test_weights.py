@@ -837,7 +837,7 @@ def test_a_saved_model_loads_bit_for_bit_with_all_its_settings(tmp_path, family)
     model = small_cdiffset(family)
     model.scheduler = DDPMScheduler(num_train_timesteps=500, beta_end=0.02, prediction_type="v_prediction")
     model.vae.config["scaling_factor"] = model.vae.scaling_factor = 0.5
-    model.trained_on = {"sar": "db", "stretch": [1, 99], "eo": "full"}
+    model.trained_on = {"sar": "db", "stretch": (1, 99), "eo": "full"}
     model.save_pretrained(tmp_path / "new" / "model")
     loaded = CDiffSET.from_pretrained(tmp_path / "new" / "model")
     assert_same(model, loaded)
@@ -848,11 +848,14 @@ def test_what_a_model_was_trained_on_is_unknown_unless_its_folder_says_it(tmp_pa
     assert CDiffSET.from_pretrained(cdiffset_folder(folder)).trained_on == {}
     small_cdiffset().save_pretrained(tmp_path / "mine")
     assert "_trained_on" not in read_json(tmp_path / "mine" / "model_index.json")
-    edit_json(tmp_path / "mine" / "model_index.json", _trained_on=[1])
-    refused(tmp_path / "mine", "model_index.json", "_trained_on", load=CDiffSET.from_pretrained)
+    full = {"sar": "full", "stretch": None, "eo": "full"}
+    for wrong in ([1], {"sar": "db"}, full | {"stretch": 5}, full | {"stretch": ["a", "b"]}, full | {"eo": []}):
+        edit_json(tmp_path / "mine" / "model_index.json", _trained_on=wrong)
+        refused(tmp_path / "mine", "model_index.json", "_trained_on", load=CDiffSET.from_pretrained)
     small_cdiffset("sd1").save_pretrained(folder)
-    edit_json(folder / "model_index.json", _trained_on={"sar": "db"})
-    assert CDiffSET.from_pretrained(folder).trained_on == {"sar": "db"}
+    known = {"sar": "db", "stretch": None, "eo": "full"}
+    edit_json(folder / "model_index.json", _trained_on=known)
+    assert CDiffSET.from_pretrained(folder).trained_on == known
     assert CDiffSET.from_pretrained(folder, folder / FILES["unet"]).trained_on == {}  # another U-Net
 
 
