@@ -33,7 +33,7 @@ MODEL, PAGE = "models/tiny", Path("docs/tour.md")
 OUT = PAGE.with_suffix("")  # docs/tour/
 ANSWERS = OUT / "answers.md"
 TEST, LESSONS = 16, 64  # pairs to measure on, and to train on
-STEPS = 80  # of each short training
+STEPS = 60  # of each short training
 SHOWN = 9  # the pair in the pictures
 HOUSES = np.s_[48:112, 40:104]  # a part of it
 BORDER = np.s_[104:168, 96:160]  # a part of the scene, where four tiles meet
@@ -131,7 +131,7 @@ def section_1(model: CDiffSET, test: Pairs) -> str:
         some = generator.choice(found, 24)
         swatch[:, j] = some[np.argsort(some @ (0.3, 0.6, 0.1))]  # by brightness
     images = [picture(test.sar[SHOWN]), picture(test.eo[SHOWN]), swatch.repeat(5, axis=0).repeat(3, axis=1)]
-    panels("1-sar-eo.jpg", [images], [["SAR", "EO", "EO colours: SAR dark to bright"]])
+    panels("1-sar-eo.jpg", [images], [["SAR", "EO", "EO colours by SAR level"]])
     rows = ("one SAR pixel", told(sar)), ("the mean of 9x9 SAR pixels", told(smooth)), ("models/tiny", whole)
     return table(("the EO colour's variance is explained by", ""), *rows)
 
