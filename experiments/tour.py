@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise, initial_noise, variance, widen_input
-from common import run
+from common import Parser, run
 from data import find_pairs
 from experiments.report import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot
 from experiments.synth import write_dataset
@@ -423,8 +423,9 @@ def fill(page: str, blocks: list[str]) -> str:
 
 
 @torch.no_grad()
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Draws, prints, and updates the page; returns the exit code."""
+    Parser(__doc__).parse_args(arguments)
     OUT.mkdir(exist_ok=True)
     model = CDiffSET.from_pretrained(MODEL)
     test, scene, lessons = Pairs(TEST, 128, seed=5), Pairs(1, 256, seed=5), Pairs(LESSONS, 128, seed=6)

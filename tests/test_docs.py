@@ -62,10 +62,12 @@ def _text(path: Path) -> str:
     return path.read_text() if path.suffix == ".md" else ""
 
 
-def test_every_picture_is_shown_on_a_page():
-    shown = {(path.parent / link).resolve() for path in TEXTS for link in re.findall(r"\]\(([^)#]+)\)", _text(path))}
+def test_every_picture_is_shown_or_read_on_a_page():
+    named = re.compile(r"\]\(([^)#]+)\)|\"(docs/[^\"]+)\"")
+    found = [(path, match) for path in TEXTS for match in named.finditer(_text(path))]
+    used = {(path.parent / match[1]).resolve() if match[1] else ROOT / match[2] for path, match in found}
     pictures = {path for path in ROOT.glob("docs/**/*") if path.suffix in (".png", ".jpg", ".svg")}
-    assert pictures and pictures <= shown
+    assert pictures and pictures <= used
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
