@@ -116,15 +116,22 @@ def train_step(model: CDiffSET, latents: list[Tensor], dtype: str) -> Callable[[
     return step
 
 
+def diffusers_classes() -> tuple[type, type] | None:
+    """diffusers' VAE and U-Net; None if it is not installed, or lacks a package that it needs."""
+    try:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+    except (ImportError, RuntimeError):  # RuntimeError: its import of a submodule failed
+        return None
+    return AutoencoderKL, UNet2DConditionModel
+
+
 def released_networks(model: CDiffSET) -> tuple[nn.Module, nn.Module]:
     """VAE and U-Net with the weights of `model` in float32: diffusers' classes if installed, else copies of ours."""
-    try:
-        import diffusers
-    except ImportError:
+    if (classes := diffusers_classes()) is None:
         plain = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
         return deepcopy(model.vae).to(**plain), deepcopy(model.unet).to(**plain)
     copies = []
-    for network, kind in ((model.vae, diffusers.AutoencoderKL), (model.unet, diffusers.UNet2DConditionModel)):
+    for network, kind in zip((model.vae, model.unet), classes):
         with torch.device(model.device):
             copies.append(kind(**network.config).eval())
         copies[-1].load_state_dict(network.state_dict())
