@@ -130,10 +130,12 @@ def released_networks(model: CDiffSET) -> tuple[nn.Module, nn.Module]:
     if (classes := diffusers_classes()) is None:
         plain = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
         return deepcopy(model.vae).to(**plain), deepcopy(model.unet).to(**plain)
+    levels = len(model.vae.config["block_out_channels"])  # which diffusers counts by the types of the blocks
+    types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     copies = []
-    for network, kind in zip((model.vae, model.unet), classes):
+    for network, kind, config in zip((model.vae, model.unet), classes, (types, {})):
         with torch.device(model.device):
-            copies.append(kind(**network.config).eval())
+            copies.append(kind(**network.config | config).eval())
         copies[-1].load_state_dict(network.state_dict())
     return tuple(copies)
 
