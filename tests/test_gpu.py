@@ -1,4 +1,4 @@
-"""experiments/gpu.py: a part that fails costs its own lines alone; limits and table. The parts themselves need a GPU."""
+"""experiments/gpu.py: a failing part costs its own lines alone; limits; the table. The parts themselves need a GPU."""
 
 import json
 import math
