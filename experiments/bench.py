@@ -116,26 +116,17 @@ def train_step(model: CDiffSET, latents: list[Tensor], dtype: str) -> Callable[[
     return step
 
 
-def diffusers_classes() -> tuple[type, type] | None:
-    """diffusers' VAE and U-Net; None if it is not installed, or lacks a package that it needs."""
-    try:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-    except (ImportError, RuntimeError):  # RuntimeError: its import of a submodule failed
-        return None
-    return AutoencoderKL, UNet2DConditionModel
-
-
 def released_networks(model: CDiffSET) -> tuple[nn.Module, nn.Module]:
     """VAE and U-Net with the weights of `model` in float32: diffusers' classes if installed, else copies of ours."""
-    if (classes := diffusers_classes()) is None:
+    try:
+        import diffusers
+    except ImportError:
         plain = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
         return deepcopy(model.vae).to(**plain), deepcopy(model.unet).to(**plain)
-    levels = len(model.vae.config["block_out_channels"])  # which diffusers counts by the types of the blocks
-    types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     copies = []
-    for network, kind, config in zip((model.vae, model.unet), classes, (types, {})):
+    for network, kind in ((model.vae, diffusers.AutoencoderKL), (model.unet, diffusers.UNet2DConditionModel)):
         with torch.device(model.device):
-            copies.append(kind(**network.config | config).eval())
+            copies.append(kind(**network.config).eval())
         copies[-1].load_state_dict(network.state_dict())
     return tuple(copies)
 
