@@ -204,28 +204,34 @@ def check_training(args: argparse.Namespace) -> Iterator[dict]:
     """train.py on synthetic pairs: killed and resumed, and with each option that must not change the result."""
     size, steps = (64, 12) if args.small else (128, 60)
     synth.write_dataset(args.scratch / "sen12", pairs=20, size=size)
-    command = f"--data {args.scratch}/sen12 --model {TINY} --size {size} --steps {steps} --batch-size 4 --ema 0.99"
-    command += f" --save-every {steps // 4} --validate-every {steps} --validate-images 2 --validate-steps 2"
+    command = f"--data {args.scratch}/sen12 --model models/tiny --size {size} --steps {steps} --batch-size 4 --lr 3e-4"
+    command += f" --save-every {steps // 4} --validate-every {steps} --validate-images 2 --validate-steps 2 --ema 0.9"
     command += f" --device {args.device} --workers 2 --dtype float32 --out {args.scratch}/"
 
-    def losses(name: str, options: str = "") -> list[float]:
-        """Trains, and returns the loss of each step."""
+    def weights(path: Path) -> list[Tensor]:
+        return [p.detach() for p in CDiffSET.from_pretrained(path).unet.parameters()]
+
+    def fit(name: str, options: str = "") -> tuple[list[float], list[Tensor]]:
+        """Trains: -> the loss of each step, the change of the weights."""
         train.main(f"{command}{name} {options}".split())
-        return [step["loss"] for step in read_table(args.scratch / name / "log.csv")]
+        losses = [step["loss"] for step in read_table(args.scratch / name / "log.csv")]
+        return losses, [p - q for p, q in zip(weights(args.scratch / name / "model"), start)]
 
-    def weights(name: str) -> list[Tensor]:
-        return list(CDiffSET.from_pretrained(args.scratch / name / "model").unet.parameters())
+    def compare(losses: list[float], changes: list[Tensor]) -> dict[str, float]:
+        """The figures of a run beside those of the first one."""
+        worst = max(abs(a - b) for a, b in zip(losses, plain[0], strict=True))
+        return {
+            "loss, largest difference": worst,
+            "change of the weights, relative error": relative_error(changes, plain[1]),
+        }
 
-    def compare(what: str, name: str, others: list[float], limit: float) -> dict:
-        figures = {"loss, largest difference": max(abs(a - b) for a, b in zip(others, plain))}
-        limits = dict.fromkeys(figures, limit)
-        return row(what, figures | {"weights, relative error": relative_error(weights(name), start)}, at_most=limits)
-
-    plain = losses("plain")
-    start = weights("plain")
-    yield row("train.py, float32, --ema", {"first loss": plain[0], "last": plain[-1]}, at_most={"last": plain[0]})
+    start = weights(TINY)
+    plain = fit("plain")
+    figures = {"first loss": plain[0][0], "last": plain[0][-1], "mean": sum(plain[0]) / steps}
+    yield row("train.py, float32, --ema", figures, at_most={"mean": 10})
     # Not bit-equal on a GPU: some of its kernels add numbers in an order that varies from call to call.
-    yield compare("the same again", "again", losses("again"), 2e-3)
+    again = compare(*fit("again"))
+    yield row("the same again", again, at_most={"loss, largest difference": 2e-3})
 
     log = args.scratch / "killed" / "log.csv"
     process = subprocess.Popen([sys.executable, "train.py", *f"{command}killed".split()], cwd=ROOT)
@@ -235,16 +241,18 @@ def check_training(args: argparse.Namespace) -> Iterator[dict]:
     process.wait()
     struck = {"after step": len(read_table(log))}
     yield row("killed", struck, {"after step": steps // 4}, {"after step": steps - 1})
-    yield compare("killed and resumed", "killed", losses("killed", "--resume"), 2e-3)
+    limits = {name: max(3 * value, 1e-3) for name, value in again.items()}
+    yield row("killed and resumed", compare(*fit("killed", "--resume")), at_most=limits)
     for name, options, limit in (
         ("parts", "--accumulate 2", 2e-3),
         ("recomputed", "--checkpointing", 2e-3),
-        ("latents", f"--cache {args.scratch}/cache", 2e-2),  # in float16
-        ("bfloat16", "--dtype bfloat16", 0.1),
+        ("latents", f"--cache {args.scratch}/cache", 5e-3),  # in float16
+        ("bfloat16", "--dtype bfloat16", 5e-2),
     ):
-        yield compare(options.partition(" /")[0], name, losses(name, options), limit)
-    first = losses("lora", "--lora 16")[:1]  # the updates begin at zero
-    yield compare("--lora 16, first step", "lora", first, 2e-3)
+        figures = compare(*fit(name, options))
+        yield row(options.partition(" /")[0], figures, at_most={"loss, largest difference": limit})
+    first = {"first loss, difference": abs(fit("lora", "--lora 16")[0][0] - plain[0][0])}  # the updates begin at zero
+    yield row("--lora 16", first, at_most={"first loss, difference": 2e-3})
 
 
 def check_scripts(args: argparse.Namespace) -> Iterator[dict]:
@@ -271,7 +279,7 @@ def check_scripts(args: argparse.Namespace) -> Iterator[dict]:
     yield row("sample.py: a scene in tiles against one piece", figures, {"PSNR": 16}, {"exit code": 0})
 
     synth.write_dataset(args.scratch / "sen12", pairs=20, size=128)
-    command = f"--data {args.scratch}/sen12 --model {TINY} --out {args.scratch}/scores --limit 2"
+    command = f"--data {args.scratch}/sen12 --model models/tiny --out {args.scratch}/scores --limit 2"
     yield row("evaluate.py", {"exit code": evaluate.main([*command.split(), *device])}, at_most={"exit code": 0})
 
 
@@ -436,7 +444,7 @@ def train_tiny(args: argparse.Namespace) -> Iterator[dict]:
     began = time.monotonic()
     size, batch, pairs, first = (64, 4, 20, 5) if args.small else (128, 64, 5000, 40)
     synth.write_dataset(args.scratch / "sen12", pairs, size, seed=1, workers=os.cpu_count())  # unseen pairs
-    command = f"--data {args.scratch}/sen12 --model {TINY} --size {size} --batch-size {batch} --lr 1e-4 --ema 0.99"
+    command = f"--data {args.scratch}/sen12 --model models/tiny --size {size} --batch-size {batch} --lr 1e-4 --ema 0.99"
     command += f" --device {args.device} --dtype bfloat16 --validate-images {2 if args.small else 32}"
 
     def fit(name: str, steps: int) -> tuple[list[dict], list[dict]]:
