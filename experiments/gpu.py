@@ -287,9 +287,10 @@ def check_scripts(args: argparse.Namespace) -> Iterator[dict]:
 # Speed and memory
 
 
-def measure(device: str, make: Callable[..., Callable], *arguments) -> dict[str, float]:
-    """Times the function make(*arguments): the first call, the median of some more, the peak of the allocated memory
-    in these. Only {"out of memory": 1} if that happens. Frees what was made.
+def measure(device: str, batch: int, make: Callable[..., Callable], *arguments) -> dict[str, float]:
+    """Times the function make(*arguments), which works on a batch: seconds of the first call, median of some more,
+    images (or pairs) a second, peak of the allocated memory. Only {"out of memory": 1} if that happens. Frees what was
+    made.
     """
     gc.collect()
     on_gpu, times = device.startswith("cuda"), []
@@ -307,7 +308,7 @@ def measure(device: str, make: Callable[..., Callable], *arguments) -> dict[str,
             raise
         return {"out of memory": 1}
     peak = {"peak, GB": torch.cuda.max_memory_allocated(device) / 1e9} if on_gpu else {}
-    return {"first, s": first, "s": median(times)} | peak
+    return {"first, s": first, "s": median(times), "a second": batch / median(times)} | peak
 
 
 def relate(figures: dict[str, float], released: dict[str, float], work: float, ceiling: float) -> dict[str, float]:
@@ -385,12 +386,12 @@ def time_sampling(args: argparse.Namespace) -> Iterator[dict]:
     one, two = (count_flops(translator(args, 1, steps, "trailing")) for steps in (1, 2))
     yield row("an image", {"GFLOP of the VAE": (2 * one - two) / 1e9, "of each step": (two - one) / 1e9})
     write_profile(translator(args, 8, 2, "trailing"), args.out / "profile-sampling.txt", args.device)
-    for (steps, spacing), batch in product(((10, "trailing"), (50, "leading")), (1, 8)):
-        steps = 2 if args.small else steps
+    few, many = (2, 3) if args.small else (10, 50)
+    for (steps, spacing), batch in product(((few, "trailing"), (many, "leading")), (1, 8)):
         what, work = f"{steps} steps, batch {batch}", batch * (one + (steps - 1) * (two - one))
-        released = measure(args.device, released_translator, args, batch, steps)
+        released = measure(args.device, batch, released_translator, args, batch, steps)
         yield row(f"released algorithm, {what}", released)
-        ours = measure(args.device, translator, args, batch, steps, spacing)
+        ours = measure(args.device, batch, translator, args, batch, steps, spacing)
         goals = {"times as fast": 4} | ({"of the ceiling": 0.4} if batch == 8 else {})
         yield row(f"bfloat16, {what}", relate(ours, released, work, ceiling), {} if args.small else goals)
 
@@ -407,12 +408,12 @@ def time_training(args: argparse.Namespace) -> Iterator[dict]:
         for batch in (1,) if args.small else (1, 4, 8) if large else (8, 64, 16, 32, 1, 4):
             released = {}
             if not large:
-                released = measure(args.device, released_trainer, args, size, batch)
+                released = measure(args.device, batch, released_trainer, args, size, batch)
                 yield row(f"released algorithm, {size} pixels, batch {batch}", released)
             for name in VARIANTS:
                 # the FLOP of --checkpointing's second forward pass do not count; --lora needs fewer than are counted
                 figures = relate(
-                    measure(args.device, trainer, args, name, size, batch), released, batch * work, ceiling
+                    measure(args.device, batch, trainer, args, name, size, batch), released, batch * work, ceiling
                 )
                 goals, limits = {}, {}
                 if not args.small and not large and name == VARIANTS[0] and batch >= 8:
@@ -432,10 +433,10 @@ def time_compile(args: argparse.Namespace) -> Iterator[dict]:
         error = {"relative error": relative_error([model.unet(z, 500, model.prompt_embedding)], [expected])}
     yield row("U-Net in bfloat16, compiled against plain", error, at_most={"relative error": 0.03})
     del model
-    figures = measure(args.device, translator, args, batch, steps, "trailing", True)
+    figures = measure(args.device, batch, translator, args, batch, steps, "trailing", True)
     yield row(f"bfloat16, {steps} steps, batch {batch}, compiled", figures)
     batch = 2 if args.small else 32
-    figures = measure(args.device, trainer, args, "compiled", args.training_size, batch)
+    figures = measure(args.device, batch, trainer, args, "compiled", args.training_size, batch)
     yield row(f"all weights, {args.training_size} pixels, batch {batch}, compiled", figures)
 
 
