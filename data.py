@@ -215,38 +215,37 @@ def decide_reading(pairs: Sequence[Pair], reading: Reading = AUTO) -> tuple[Read
     Returns a reading without "auto", and lines to print. ImageError: an image cannot be read, or not like the others,
     or no image tells what its numbers are.
     """
-    reading = reading._replace(stretch=tuple(reading.stretch) if reading.stretch else None)
-    files = list({pair.sar: pair for pair in pairs}.values())  # blocks of an image are pairs of the same file
-    looked_at = evenly(files, LOOKED_AT)
-
-    def sar_kind(raster: Raster, kind: str) -> str:
-        return sar_scale(raster, reading._replace(sar=kind)).kind
-
-    sar, notes, sar_odd = _common_kind([pair.sar for pair in looked_at], reading.sar, sar_kind)
-    how = HOW[sar]
-    if sar in PERCENTILES:
-        how += " ({:g} and {:g})".format(*(reading.stretch or PERCENTILES[sar]))
-    lines = ["; ".join([f"SAR images are read as {how}", *notes, "--scale or --stretch overrules"]), *sar_odd]
-    eo, notes, eo_odd = _common_kind(
-        [pair.eo for pair in looked_at], reading.eo, lambda raster, kind: eo_kind(raster, Reading(eo=kind))
+    stretch = tuple(reading.stretch) if reading.stretch else None
+    files = {pair.sar: pair.eo for pair in pairs}  # blocks of an image are pairs of the same files
+    looked_at = evenly(list(files), LOOKED_AT)
+    sar, sar_notes, sar_odd = _common_kind(
+        looked_at, reading.sar, lambda raster, kind: sar_scale(raster, Reading(kind, stretch)).kind
     )
-    lines += ["; ".join([f"EO images are read as {HOW[eo]}", *notes, "--eo-scale overrules"]), *eo_odd]
-    return reading._replace(sar=sar, eo=eo), lines
+    eo, eo_notes, eo_odd = _common_kind(
+        [files[path] for path in looked_at], reading.eo, lambda raster, kind: eo_kind(raster, Reading(eo=kind))
+    )
+    range_of_sar = " ({:g} and {:g})".format(*(stretch or PERCENTILES[sar])) if sar in PERCENTILES else ""
+    return Reading(sar, stretch, eo), [
+        "; ".join([f"SAR images are read as {HOW[sar]}{range_of_sar}", *sar_notes, "--scale or --stretch overrules"]),
+        *sar_odd,
+        "; ".join([f"EO images are read as {HOW[eo]}", *eo_notes, "--eo-scale overrules"]),
+        *eo_odd,
+    ]
 
 
 def _common_kind(
-    paths: Sequence[Path], wanted: str, decide: Callable[[Raster, str], str]
-) -> tuple[str, list[str], list[str]]:
-    """Decides the kind of all images by majority; decide(raster, wanted) tells that of one.
+    paths: Sequence[Path], wanted: str, kind_of: Callable[[Raster, str], str]
+) -> tuple[str, Iterable[str], list[str]]:
+    """Returns the kind of most images, the notes of all, and a line that names the images that look different, if any.
 
-    Returns the kind, the notes of the images, and a line about the images that look different, if any.
+    kind_of(raster, wanted) tells the kind of an image, and raises ImageError if it cannot be the wanted one.
     """
     kinds, notes, error = {}, {}, None
     for path in paths:
         raster = read_overview(path)
-        notes |= dict.fromkeys(raster.notes)
+        notes |= dict.fromkeys(raster.notes)  # a note of several images appears once
         try:
-            kinds[path] = decide(raster, wanted)
+            kinds[path] = kind_of(raster, wanted)
         except ImageError as caught:  # for example all is no-data; the other images may tell
             kinds[path], error = None, caught
     counts = Counter(filter(None, kinds.values()))
@@ -255,10 +254,10 @@ def _common_kind(
     common = counts.most_common(1)[0][0]
     odd = [path for path in kinds if kinds[path] != common]
     for path in odd:
-        decide(read_overview(path), common)  # raises if it cannot be read like the others
+        kind_of(read_overview(path), common)  # raises if the image cannot be read like the others
     names = some(repr(str(path)) for path in odd)
-    line = f"  {len(odd)} of {len(paths)} look otherwise, and are read like the others: {names}"
-    return common, list(notes), [line] if odd else []
+    line = f"  {len(odd)} of {len(paths)} look different, and are read like the others: {names}"
+    return common, notes, [line] if odd else []
 
 
 def evenly(pairs: Sequence[Pair], number: int) -> list[Pair]:

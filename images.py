@@ -52,6 +52,8 @@ HOW = {  # each kind in words, for messages
     "amplitude": "amplitudes, 20 log10 between two percentiles of each band, 0 is no-data",
     "reflectance": "reflectances, 0 to 0.3",
 }
+# what SAR numbers of a type can be; numbers of other types can only be linear
+POSSIBLE = {"uint8": ("full",), "uint16": ("full", "linear", "amplitude"), "float": ("db", "linear")}
 CO, CROSS = (-25.0, 0.0), (-32.5, 0.0)  # dB; the usual range since DSen2-CR (Meraner et al. 2020)
 POLARISATIONS = {1: ("VV",), 2: ("VV", "VH"), 3: ("HH", "HV", "VV"), 4: ("HH", "HV", "VH", "VV")}  # of unnamed bands
 # linear: as the released code reads SpaceNet6; amplitude: closest to the dB range on real Sentinel-1 tiles
@@ -138,7 +140,7 @@ def sar_scale(raster: Raster, reading: Reading = AUTO) -> SarScale:
     kind = sar_kind(raster) if reading.sar == "auto" and not stretch else reading.sar
     if stretch and kind != "amplitude":
         kind = "linear"
-    elif not _can_be(kind, dtype):
+    elif kind not in POSSIBLE.get("float" if dtype.kind == "f" else dtype.name, ("linear",)):
         raise ImageError(f"{raster.source} holds {dtype}, which cannot be {kind}: convert it or give another --scale")
     if kind == "full":
         limits = [(0, np.iinfo(dtype).max)] * len(bands)
@@ -150,15 +152,6 @@ def sar_scale(raster: Raster, reading: Reading = AUTO) -> SarScale:
         if valid.any():  # halved, so that the differences inside np.percentile do not overflow
             limits = 2 * np.percentile(bands[:, valid] / 2, stretch or PERCENTILES[kind], axis=1).T
     return SarScale(kind, np.array(limits).T)
-
-
-def _can_be(kind: str, dtype: np.dtype) -> bool:
-    """Tells whether SAR numbers of this type can be of this kind."""
-    if dtype == np.uint8:
-        return kind == "full"
-    if dtype == np.uint16:
-        return kind != "db"
-    return kind == "linear" or kind == "db" and dtype.kind == "f"
 
 
 def sar_kind(raster: Raster) -> str:
