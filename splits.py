@@ -24,7 +24,7 @@ FEW_SCENES = 5  # with fewer, a part of each scene is held out instead of whole 
 
 
 class Split(NamedTuple):
-    """The sides of a split. `val` is `test`, or `test` is `val`, if the dataset has only one of them."""
+    """The sides of a split. `val` and `test` are the same pairs if the dataset has only one of them."""
 
     train: list[Pair]
     val: list[Pair]
@@ -54,9 +54,9 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> Split:
     train, test = ([pair for pair, its_side in zip(pairs, sides) if its_side == side] for side in ("train", "test"))
     if not train or not test:
         scenes = len({pair.scene for pair in pairs})
-        reason = "all on the same ground, too near" if groups.keys() - {None} else "too few scenes"
+        reason = "they are all on the same ground" if groups.keys() - {None} else "there are too few scenes"
         raise ValueError(
-            f"{len(pairs)} pair(s) from {scenes} scene(s): {reason} to split without a leak; "
+            f"{len(pairs)} pair(s) from {scenes} scene(s) cannot be split without a leak: {reason}; "
             "add pairs of another place, or make folders train/ and test/"
         )
     straddling = len(pairs) - len(train) - len(test)
@@ -183,7 +183,7 @@ def cut_large(pairs: Sequence[Pair], size: int, cached: bool = False, decode_who
             cut += [pair._replace(window=(top, left, size, size)) for top in tops for left in lefts]
         else:
             raise ValueError(
-                f"{str(pair.sar)!r} is {width}x{height} pixels, which each crop would decode anew: give --cache DIR, "
+                f"{str(pair.sar)!r} is {width}x{height} pixels, and a crop would decode all of it: give --cache DIR, "
                 "or convert the images: gdal_translate -of GTiff -co TILED=YES IN OUT.tif"
             )
     return cut
