@@ -1,25 +1,26 @@
 """Scores translations against the true EO images.
 
     python evaluate.py --data sen12/ --model runs/mine/model                    translates the test pairs, scores them
-    python evaluate.py --data sen12/ --model runs/mine/model --protocol paper   as the published numbers were made
+    python evaluate.py --data sen12/ --model runs/mine/model --protocol paper   the same in the paper's way
     python evaluate.py --images made/ --truth eo/                               scores the images of any other method
 
     options -> pairs -> translations, a PNG each -> scores of each image -> table, metrics.json, contact_sheet.png
 
-PSNR, SSIM and SCC are torchmetrics'. LPIPS (VGG) and FID (2048 features) need the packages lpips and pytorch-fid. A
-model is scored beside three yardsticks:
+PSNR, SSIM and SCC equal those of torchmetrics. LPIPS (VGG) and FID (2048 features) need the packages lpips and
+pytorch-fid. A model is compared with three yardsticks:
 
     mean image      every pixel has the mean colour of the training set
     colour look-up  every pixel has the mean colour of the training pixels with the same local SAR level
     VAE             the true EO image, encoded and decoded: about the best that a latent diffusion model can reach
 
-The test pairs are the data set's own, else those of split.json beside the model, which train.py writes, else those of
-seed 0. Images are read as in the model's training, unless --scale, --stretch or --eo-scale says otherwise.
+The test pairs are those of the data set's own split. Without one, they are those of split.json beside the model, which
+train.py writes; without that file, those of the split with seed 0. Images are read as in the training of the model,
+unless --scale, --stretch or --eo-scale says otherwise.
 
---protocol paper does what the released code does: images x in [-1, 1] become clamp(x + 0.5, 0, 1) before all metrics
-but FID; the first 100 pairs, one at a time; 50 leading steps. See docs/evaluating.md.
+--protocol paper follows the released code: it maps images x in [-1, 1] to clamp(x + 0.5, 0, 1) for all metrics except
+FID, takes the first 100 pairs one at a time, and samples with 50 leading steps. See docs/evaluating.md.
 
-The same command continues an interrupted evaluation. Two folders are paired by file names without the ending.
+The same command continues an interrupted evaluation. --images and --truth are paired by file names without endings.
 """
 
 import argparse
@@ -57,6 +58,7 @@ from data import (
     read_batches,
     read_center,
     read_pair,
+    require_equal_sizes,
     seed_of,
 )
 from images import EO_KINDS, SAR_KINDS, Reading, confidence_picture, grid, read_eo, save_image, to_uint8
@@ -67,11 +69,11 @@ from splits import held_out_pairs
 from weights import network_digest
 
 METRICS = {"psnr": psnr, "ssim": ssim, "scc": scc}  # of images in [0, 1]
-BEST = 100.0  # the PSNR of equal images, dB: JSON has no infinity
-FITTED_ON = 400  # training pairs for the mean image and the colour look-up
+BEST = 100.0  # dB; the PSNR of equal images, since JSON has no infinity
+FITTED_ON = 400  # training pairs that give the mean image and the colour look-up
 STANDARD = {"limit": None, "batch_size": 8, "steps": DEFAULT_STEPS, "spacing": DEFAULT_SPACING}
 PAPER = {"limit": 100, "batch_size": 1, "steps": 50, "spacing": "leading"}
-# options without meaning for two folders
+# options that have no meaning for two folders
 OF_MODELS = ("data", "model", "unet", "prediction_type", "steps", "spacing", "seed", "size", "scale", "stretch")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ OF_MODELS = ("data", "model", "unet", "prediction_type", "steps", "spacing", "se
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, completed by the values of the protocol."""
+    """Parses the command line. The protocol gives the values of options that are left out."""
     # fmt: off
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -89,12 +91,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prediction-type", choices=PREDICTION_TYPES, help="what the U-Net predicts (default: as the model says)")
     add("--images", type=Path, metavar="DIR", help="score the images in this folder and below")
     add("--truth", type=Path, metavar="DIR", help="the true images for --images")
-    add("--out", type=Path, metavar="DIR", help="where to write (default: results/ and the name of the run or folder)")
+    add("--out", type=Path, metavar="DIR", help="where to write (default: results/NAME, the name of the run or folder)")
     add("--protocol", choices=("standard", "paper"), default="standard", help="see above (default: %(default)s)")
     add("--size", type=positive, help="side of the central crop (default: whole images)")
     add("--limit", type=positive, metavar="N", help="score N pairs, spread over all (default: all)")
     add("--steps", type=positive, help=f"denoising steps (default: {DEFAULT_STEPS})")
-    add("--spacing", choices=SPACINGS, help=f"of the steps (default: {DEFAULT_SPACING})")
+    add("--spacing", choices=SPACINGS, help=f"spacing of the steps (default: {DEFAULT_SPACING})")
     add("--seed", type=seed_number, help="image i starts from the noise of seed + i (default: 0)")
     add("--scale", choices=SAR_KINDS,
         help="what SAR numbers are (default: as in the model's training, else auto)")
@@ -123,14 +125,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def default_out(args: argparse.Namespace) -> Path:
-    """results/NAME, with NAME of the run (runs/NAME/model), model or folder; results/NAME-paper for that protocol."""
+    """Returns results/NAME: the run (runs/NAME/model), model or folder; results/NAME-paper for that protocol."""
     scored = (args.images or args.model).resolve()
     name = scored.parent.name if scored.name == "model" else scored.name if scored.is_dir() else scored.stem
     return Path("results") / (name + "-paper" * (args.protocol == "paper"))
 
 
 def optional(metric: str, load: Callable, device: str) -> Callable | None:
-    """A metric of an optional package; or None, after printing what is missing."""
+    """Loads a metric of an optional package. Without the package, prints what is missing and returns None."""
     if missing := missing_package(metric):
         print(f"no {metric.upper()}: {missing}")
         return None
@@ -142,12 +144,12 @@ def optional(metric: str, load: Callable, device: str) -> Callable | None:
 
 
 def chosen(pairs: list[Pair], args: argparse.Namespace) -> list[Pair]:
-    """--limit pairs: the first ones in the paper's protocol, else spread over all."""
+    """Takes --limit pairs: in the paper's protocol the first ones, else pairs spread over all."""
     return pairs[: args.limit] if args.protocol == "paper" else evenly(pairs, args.limit or len(pairs))
 
 
 def wanted_reading(args: argparse.Namespace, trained_on: dict) -> Reading:
-    """How to read images: as the options say, else as in the model's training, else "auto"."""
+    """Returns how to read images: as the options say, else as in the model's training, else "auto"."""
     sar, stretch = trained_on.get("sar", "auto"), trained_on.get("stretch")
     if args.scale or args.stretch:
         sar, stretch = args.scale or "auto", args.stretch
@@ -155,18 +157,16 @@ def wanted_reading(args: argparse.Namespace, trained_on: dict) -> Reading:
 
 
 def training_colours(pairs: list[Pair], reading: Reading) -> tuple[Tensor, Tensor]:
-    """`fit_colours` of FITTED_ON of the training pairs."""
+    """Fits the two colour yardsticks to FITTED_ON of the training pairs. Returns as `fit_colours`."""
     return fit_colours(read_pair(pair, reading) for pair in evenly(pairs, FITTED_ON))
 
 
 def read_images(pair: Pair, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """SAR and EO, or an image of --images and the true one: (3, H, W) in [-1, 1] each."""
+    """Reads a pair, or an image of --images and the true one: two (3, H, W) in [-1, 1]."""
     if args.data:
         return read_center(pair, args.size, args.reading)
     image, truth = (read_eo(path, args.reading) for path in (pair.sar, pair.eo))
-    if image.shape != truth.shape:
-        sizes = [f"{str(p)!r} is {x.shape[2]}x{x.shape[1]}" for p, x in ((pair.sar, image), (pair.eo, truth))]
-        raise ValueError(f"{sizes[0]} but {sizes[1]} pixels: an image and its truth must have equal sizes")
+    require_equal_sizes(pair, image, truth)
     return image, truth
 
 
@@ -175,16 +175,16 @@ def read_images(pair: Pair, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def translation_file(pair: Pair, args: argparse.Namespace, kind: str = "eo") -> Path:
-    """Where the translation of a pair is written, or its confidence. A window's name ends in _TOP_LEFT."""
+    """Names the file of a pair's translation, or of its confidence. The name of a window ends in _TOP_LEFT."""
     path = args.out / kind / pair.eo.relative_to(args.data)
     window = f"_{pair.window[0]}_{pair.window[1]}" if pair.window else ""
     return path.with_name(f"{path.stem}{window}.png")
 
 
 def keep_settings(model: CDiffSET, pairs: list[Pair], args: argparse.Namespace) -> None:
-    """Writes translations.json: what the translations depend on.
+    """Writes what the translations depend on to translations.json.
 
-    Raises ValueError if there are translations that were made with other settings.
+    ValueError: the folder holds translations that were made with other settings.
     """
     names = ((p.relative_to(args.data), p.stat().st_size, pair.window) for pair in pairs for p in (pair.sar, pair.eo))
     settings = {"vae": network_digest(model.vae), "unet": network_digest(model.unet), **model.scheduler.config}
@@ -198,7 +198,7 @@ def keep_settings(model: CDiffSET, pairs: list[Pair], args: argparse.Namespace) 
 
 
 def translate(model: CDiffSET, pairs: list[Pair], args: argparse.Namespace) -> None:
-    """Writes the translations that are missing, batch by batch, and their confidence if the model has it."""
+    """Writes the translations that do not exist yet, and their confidence if the model has it."""
     files = [translation_file(pair, args) for pair in pairs]
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     if done:
@@ -209,7 +209,7 @@ def translate(model: CDiffSET, pairs: list[Pair], args: argparse.Namespace) -> N
         images, confidence = model.translate(sar, args.steps, [args.seed + i for i in numbers], args.spacing)
         for k, i in enumerate(numbers):
             pictures = {} if confidence is None else {"confidence": confidence_picture(confidence[k])}
-            pictures["eo"] = images[k]  # last: where the image is, the pair is done
+            pictures["eo"] = images[k]  # written last: its file says that the pair is done
             for kind, picture in pictures.items():
                 path = translation_file(pairs[i], args, kind)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,23 +223,23 @@ def translate(model: CDiffSET, pairs: list[Pair], args: argparse.Namespace) -> N
 def score(
     images: Tensor, truth: Tensor, protocol: str = "standard", lpips: Callable | None = None
 ) -> list[dict[str, float]]:
-    """The metrics of each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries."""
+    """Scores each image: two (B, 3, H, W) in [-1, 1] -> B dictionaries {metric: value}."""
     paper = protocol == "paper"
     unit = [(x + 0.5).clamp(0, 1) if paper else x / 2 + 0.5 for x in (images, truth)]
     columns = {name: metric(*unit).clamp(max=BEST).tolist() for name, metric in METRICS.items()}
-    if lpips:  # expects [-1, 1], but the released code gives it [0, 1]
+    if lpips:  # LPIPS expects [-1, 1]; the released code passes [0, 1]
         columns["lpips"] = lpips(*(unit if paper else (images, truth))).tolist()
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over all images."""
+    """Averages each metric over all images."""
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 @torch.inference_mode()
 def yardsticks(model: CDiffSET, colours: tuple[Tensor, Tensor], sar: Tensor, eo: Tensor) -> dict[str, Tensor]:
-    """{yardstick: its images} for SAR and EO images, (B, 3, H, W) in [-1, 1]. colours: of `training_colours`."""
+    """Makes {yardstick: images} for SAR and EO images, all (B, 3, H, W) in [-1, 1]. colours: `training_colours`."""
     mean, by_level = colours
     decoded = model.decode(model.encode(pad_to_multiple(eo, model.unit))).float().clamp(-1, 1).cpu()
     return {
@@ -254,9 +254,10 @@ def yardsticks(model: CDiffSET, colours: tuple[Tensor, Tensor], sar: Tensor, eo:
 
 
 def markdown(corner: str, rows: dict[str, dict[str, str | float | None]], columns: Iterable[str] = ()) -> str:
-    """A Markdown table of {row: {column: text or number}}, aligned for terminals too. A missing value stays empty.
+    """Formats {row: {column: text or number}} as a Markdown table that terminals show aligned, too.
 
-    columns: their order, if it is not that of the rows.
+    corner: the title of the first column. columns: the order of the others (default: as in the rows). A missing value
+    stays empty.
     """
     columns = list(columns) or list(dict.fromkeys(name for row in rows.values() for name in row))
     table = [[corner, *columns]]
@@ -270,7 +271,7 @@ def markdown(corner: str, rows: dict[str, dict[str, str | float | None]], column
 
 
 def contact_sheet(pairs: list[Pair], psnrs: list[float], args: argparse.Namespace) -> None:
-    """Writes a picture of the three best, middle and worst images by PSNR, beside the true ones."""
+    """Draws the three best, middle and worst images by PSNR beside the true ones: contact_sheet.png."""
     order = np.argsort([-value for value in psnrs], kind="stable")
     middle, rows = len(order) // 2, []
     for i in [*order[:3], *order[middle - 1 : middle + 2], *order[-3:]] if len(order) >= 9 else order:
@@ -285,7 +286,7 @@ def contact_sheet(pairs: list[Pair], psnrs: list[float], args: argparse.Namespac
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Scores; returns the exit code."""
+    """Runs the evaluation; returns the exit code."""
     args = parse(arguments)
     args.device, args.out = choose_device(args.device), args.out or default_out(args)
     lpips, inception = optional("lpips", load_lpips, args.device), optional("fid", load_inception, args.device)
@@ -313,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         for numbers, first, truth in batches:
             if args.images:
                 images = {"images": first}
-            else:  # a model's images are scored as written, with 8 bits, like those of other methods
+            else:  # a model's images are scored from their 8-bit files, like those of other methods
                 images = yardsticks(model, colours, first, truth)
                 images["model"] = torch.stack([read_eo(translation_file(pairs[i], args)) for i in numbers])
             for name, made in images.items():

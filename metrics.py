@@ -1,5 +1,7 @@
-"""Image quality: PSNR, SSIM and SCC, equal to torchmetrics' defaults; LPIPS and FID by their usual packages;
-and translations by simple means, which a model should surpass.
+"""Metrics of image quality, and simple translations that a model should beat.
+
+PSNR, SSIM and SCC are computed here and equal torchmetrics' defaults. LPIPS and FID use the networks of the packages
+lpips and pytorch-fid, which are optional.
 """
 
 import warnings
@@ -24,19 +26,19 @@ PACKAGES = {  # metric: (module, address of its weights)
 LEVELS = 64  # of SAR brightness, in the colour look-up
 
 # ----------------------------------------------------------------------------------------------------------
-# PSNR, SSIM, SCC. On 8-bit images they differ from torchmetrics by less than 1e-4, see tests/test_metrics.py.
+# PSNR, SSIM, SCC. On 8-bit images they differ from torchmetrics by less than 1e-4 (tests/test_metrics.py).
 
 
 def psnr(image: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, for a peak of 1: two (B, 3, H, W) in [0, 1] -> (B,)."""
+    """Peak signal-to-noise ratio in dB, with a peak of 1: two (B, 3, H, W) in [0, 1] -> (B,)."""
     return -10 * (image - truth).square().mean(dim=(1, 2, 3)).log10()
 
 
 def ssim(image: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al., IEEE TIP 2004): two (B, 3, H, W) in [0, 1] -> (B,).
 
-    11x11 Gaussian window with sigma 1.5. Borders are reflected, and their pixels count, as in torchmetrics.
-    Raises ValueError if a side is shorter than 6 pixels, since it cannot be reflected.
+    The window is an 11x11 Gaussian with sigma 1.5. As in torchmetrics, the border is reflected and its pixels count.
+    ValueError: a side is shorter than 6 pixels, too short to be reflected.
     """
     if min(image.shape[2:]) < 6:
         raise ValueError(f"SSIM needs sides of at least 6 pixels, not {tuple(image.shape[2:])}")
@@ -60,18 +62,18 @@ def ssim(image: Tensor, truth: Tensor) -> Tensor:
 def scc(image: Tensor, truth: Tensor) -> Tensor:
     """Spatial correlation coefficient (Zhou et al., IJRS 1998): two (B, 3, H, W) in [0, 1] -> (B,).
 
-    Correlation of the two Laplacians in 8x8 windows, 0 where one of them is constant. As in torchmetrics, the
-    Laplacian mirrors the border, and the windows see zeros beyond it.
-    Raises ValueError if a side is shorter than 8 pixels.
+    The mean correlation of the two Laplacians in 8x8 windows; 0 for a window where one of them is constant. As in
+    torchmetrics, the border is mirrored for the Laplacian and padded with zeros for the windows.
+    ValueError: a side is shorter than 8 pixels.
     """
     if min(image.shape[2:]) < 8:
         raise ValueError(f"SCC needs sides of at least 8 pixels, not {tuple(image.shape[2:])}")
     shape = (-1, 1, *image.shape[2:])
-    # In float64, Laplacians of float32 numbers are exact. In float32, a flat area would give the correlation of
-    # rounding errors.
+    # float64, in which Laplacians of float32 numbers are exact: in float32, the score of a flat area would be the
+    # correlation of rounding errors
     laplacian = torch.full((1, 1, 3, 3), -1.0, dtype=torch.float64, device=image.device)
     laplacian[0, 0, 1, 1] = 8
-    # For a 3x3 filter, repeating the border is the same as torchmetrics' mirroring.
+    # for a 3x3 filter, to repeat the border equals torchmetrics' mirroring
     a, b = (F.conv2d(F.pad(x.double().reshape(shape), [1] * 4, mode="replicate"), laplacian) for x in (image, truth))
 
     def average(x: Tensor) -> Tensor:
@@ -85,11 +87,11 @@ def scc(image: Tensor, truth: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# LPIPS and FID, by optional packages
+# LPIPS and FID, which need optional packages
 
 
 def missing_package(metric: str) -> str | None:
-    """The command that makes "lpips" or "fid" available, in one line; None if it is. Downloads nothing."""
+    """Says in one line what is missing for "lpips" or "fid", and how to install it. None: nothing. No downloads."""
     module, url = PACKAGES[metric]
     try:
         import_module(module)
@@ -102,17 +104,17 @@ def missing_package(metric: str) -> str | None:
 
 
 def load_lpips(device: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS (Zhang et al., CVPR 2018) with VGG16: two (B, 3, H, W) in [-1, 1], sides from 16 pixels -> (B,)."""
+    """Loads LPIPS (Zhang et al., CVPR 2018) with VGG16: two (B, 3, H, W) in [-1, 1], sides of 16 or more -> (B,)."""
     from lpips import LPIPS
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips loads the weights by an option that torchvision deprecates
+        warnings.simplefilter("ignore")  # lpips uses an option that torchvision deprecates
         network = LPIPS(net="vgg", verbose=False).to(device)
     return torch.inference_mode()(lambda image, truth: network(image.to(device), truth.to(device)).flatten().cpu())
 
 
 def load_inception(device: str) -> Callable[[Tensor], np.ndarray]:
-    """pytorch-fid's Inception, which resizes to 299x299: (B, 3, H, W) in [0, 1] -> features (B, 2048)."""
+    """Loads pytorch-fid's Inception network, which resizes to 299x299: (B, 3, H, W) in [0, 1] -> (B, 2048)."""
     from pytorch_fid.inception import InceptionV3
 
     network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
@@ -120,10 +122,10 @@ def load_inception(device: str) -> Callable[[Tensor], np.ndarray]:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two sets of features, (N, D) and (M, D): FID (Heusel et al., NeurIPS 2017).
+    """FID (Heusel et al., NeurIPS 2017): the Fréchet distance of two sets of features, (N, D) and (M, D).
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) with the covariances A and B. Here tr sqrt(A B) is computed as
-    tr sqrt(sqrt(A) B sqrt(A)), whose eigenvalues are real. pytorch-fid's function fails with SciPy 1.18.
+    It is |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)) with the covariances A and B. tr sqrt(A B) is computed as
+    tr sqrt(sqrt(A) B sqrt(A)), which has real eigenvalues. pytorch-fid's own function fails with SciPy 1.18.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -134,24 +136,24 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Translations by simple means: the mean colour, and the colour that goes with the local brightness of the SAR image
+# Simple translations: the mean colour, and a look-up of the mean colour at each SAR brightness
 
 
 def local_mean(image: Tensor, size: int = 7) -> Tensor:
-    """Mean over each pixel's size x size neighbourhood and the channels: (B, 3, H, W) -> (B, H, W)."""
+    """Averages each pixel's size x size neighbourhood in all channels: (B, 3, H, W) -> (B, H, W)."""
     padded = F.pad(image.mean(dim=1, keepdim=True), [size // 2] * 4, mode="reflect")
     return F.avg_pool2d(padded, size, stride=1)[:, 0]
 
 
 def sar_level(sar: Tensor) -> Tensor:
-    """The local mean of SAR images in LEVELS equal steps: (B, 3, H, W) in [-1, 1] -> (B, H, W), 0..LEVELS - 1."""
+    """Quantises the local mean of SAR images: (B, 3, H, W) in [-1, 1] -> (B, H, W) from 0 to LEVELS - 1."""
     return ((local_mean(sar) + 1) / 2 * LEVELS).long().clamp(0, LEVELS - 1)
 
 
 def fit_colours(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The mean EO colour of all pixels, (3,), and of the pixels at each SAR level, (LEVELS, 3).
+    """Computes the mean EO colour of all pixels, (3,), and of the pixels at each SAR level, (LEVELS, 3).
 
-    pairs: SAR and EO, (3, H, W) in [-1, 1] each. A level without pixels gets the mean colour of all.
+    pairs: SAR and EO images, each (3, H, W) in [-1, 1]. A level without pixels gets the mean colour of all pixels.
     """
     total, number = torch.zeros(LEVELS, 3, dtype=torch.float64), torch.zeros(LEVELS, 1, dtype=torch.float64)
     for sar, eo in pairs:
@@ -163,5 +165,5 @@ def fit_colours(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
 
 def look_up(colours: Tensor, sar: Tensor) -> Tensor:
-    """The colour (LEVELS, 3) of each pixel's SAR level: (B, 3, H, W) in [-1, 1] -> (B, 3, H, W)."""
+    """Gives each pixel the colour of its SAR level. colours: (LEVELS, 3); sar and result: (B, 3, H, W) in [-1, 1]."""
     return colours[sar_level(sar)].movedim(-1, 1)

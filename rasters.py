@@ -1,67 +1,67 @@
-"""Image files to numbers: PNG, JPEG, TIFF and GeoTIFF, whole or by windows; which band is what, where there is data.
+"""Reads image files: PNG, JPEG, TIFF or GeoTIFF -> `Raster`: the file's numbers, and where there is data.
 
-Numbers stay as the file has them; images.py says what they mean. No-data is: what the file declares (a no-data value, a
-mask, alpha 0); and in float and signed numbers, whatever it declares, NaN, infinities, numbers that no image holds
-(-9999, -32768, the least float ...), and 0 in all bands. The names of bands tell their polarisations; bands that are no
-image by their names (an angle, a mask) are left out. The scale and offset that a file declares are applied.
+A raster holds the numbers of the file; images.py decides what they mean. PNG, JPEG and simple TIFFs are read by
+Pillow, all other TIFFs by rasterio, which can read a window without decoding the rest.
 
-Everything wrong with a file is an ImageError that names it. EXIF orientation is ignored: turning one image of
-a pair would misalign it. 16-bit colour PNGs lose their low bytes, which Pillow cannot read; TIFFs do not.
+- Bands: the band names of a GeoTIFF say which polarisation a band is. A band whose name says that it is not an image
+  (an angle, a mask) is left out. The scale and offset that the file declares are applied.
+- No-data: what the file declares (a no-data value, a mask, alpha 0). In float and signed integer files also NaN,
+  infinity, fill values (-9999, -32768, the least float ...), and 0 in all bands, even if the file declares nothing.
+- Errors: every problem with a file is an `ImageError`.
+
+EXIF orientation is ignored: to turn one image of a pair would misalign the pair. 16-bit colour PNGs lose their low
+bytes, because Pillow cannot read them; TIFFs do not.
 """
 
 import logging
 import os
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-MIN_SIDE = 8  # one latent pixel
-MAX_BYTES = 2**32  # of one raster in float32: a Sentinel-1 scene, 25,000 x 16,000 with two bands, is 3.2e9
-MAX_BANDS = 16  # more than any image that is read here has
-Image.MAX_IMAGE_PIXELS = MAX_BYTES // 8  # Pillow's own limit, 0.9e8 pixels, is below such a scene
-warnings.filterwarnings("ignore", module="PIL")  # about damaged files, which get one message from here
+MIN_SIDE = 8  # pixels; one pixel of the latent
+MAX_BYTES = 2**32  # of a raster in float32; a Sentinel-1 scene, 25,000 x 16,000 with two bands, takes 3.2e9
+MAX_BANDS = 16  # Sentinel-2 images have 13
+Image.MAX_IMAGE_PIXELS = MAX_BYTES // 8  # Pillow's own limit of 0.9e8 pixels is too low for a Sentinel-1 scene
+warnings.filterwarnings("ignore", module="PIL")  # a damaged file gets one error message from this module instead
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, these two write to stderr
 logging.getLogger("rasterio").addHandler(logging.NullHandler())
 
-FILL = {"f": -500, "i": -9000}  # numbers below are fill (-9999, -32768, ...); int16 may hold hundredths of dB
-HUGE = 1e30
+FORMATS = ("PNG", "JPEG", "TIFF")
+CONVERTED = {"1": "L", "La": "LA", "P": "RGBA", "PA": "RGBA", "RGBa": "RGBA"}  # Pillow's mode: the mode to read
+MODES = {"L", "LA", "RGB", "RGBA", "I", "I;16", "I;16L", "I;16B", "F", *CONVERTED}  # CMYK, YCbCr ... are refused
+GEO_TAGS = {33550, 33922, 34264, 34735, 42112, 42113}  # TIFF tags: location, projection, GDAL's metadata, no-data
+BITS, COMPRESSION, SAMPLE_FORMAT, SIGNED = 258, 259, 339, 2  # three TIFF tags, and a value of SAMPLE_FORMAT
+FILL = {"f": -500, "i": -9000}  # numbers below are fill (-9999, -32768 ...); int16 may hold hundredths of dB
+HUGE = 1e30  # numbers above are fill, too
 
 
 class Raster(NamedTuple):
-    bands: np.ndarray  # (C, H, W), the file's numbers, after the scale and offset that it declares
+    """The numbers of an image file, or of a part of it."""
+
+    bands: np.ndarray  # (C, H, W), the declared scale and offset applied
     valid: np.ndarray  # (H, W) bool; False is no-data
     source: str  # the file, for messages
-    names: tuple[str, ...] = ()  # polarisations of the bands, where the file says so
+    names: tuple[str, ...] = ()  # the polarisation of each band, if the file says so
     notes: tuple[str, ...] = ()  # remarks to print
     scaled: bool = False  # the file declares a scale or an offset
 
 
-GEO_TAGS = {33550, 33922, 34264, 34735, 42112, 42113}  # TIFF: place, projection, GDAL's own, no-data
-BITS, COMPRESSION, SAMPLE_FORMAT, SIGNED = 258, 259, 339, 2  # three tags and a value of the last
-# Pillow's modes that are data; CMYK, YCbCr and such are not.
-CONVERTED = {"1": "L", "La": "LA", "P": "RGBA", "PA": "RGBA", "RGBa": "RGBA"}  # when they are read
-MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "I", "I;16", "I;16L", "I;16B", "F"}
-
-# All that decoders raise on damaged files; which one varies, so this list was found by fuzzing.
-DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, AttributeError)
-DAMAGE += (ArithmeticError, MemoryError, struct.error, zlib.error)
-
-
 class ImageError(ValueError):
-    """A file that cannot be used: its name, and why, in one line."""
+    """An image file cannot be used. The message names the file and the reason in one line."""
 
 
 @contextmanager
-def _decoding(path: str | Path) -> Iterator[None]:
+def _image_errors(path: str | Path) -> Iterator[None]:
+    """Turns every error inside the context into an ImageError: decoders raise almost any type on damaged files."""
     name = repr(str(path))
     try:
         yield
@@ -70,27 +70,57 @@ def _decoding(path: str | Path) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name} has over {Image.MAX_IMAGE_PIXELS:,} pixels: cut it into parts") from None
     except Exception as error:
-        if not isinstance(error, DAMAGE) and type(error).__module__ != "rasterio._err":  # GDAL's, which escape at times
-            raise
-        if not Path(path).exists():  # perhaps removed since it was listed
+        if not Path(path).exists():  # for example removed since the folder was listed
             raise ImageError(f"{name} is missing") from None
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name} cannot be read as PNG, JPEG or TIFF (damaged?): {reason}") from None
+        raise ImageError(f"{name} cannot be read as PNG, JPEG or TIFF (damaged?): {reason}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------
-# PNG, JPEG, plain TIFF
+# Any file
+
+
+def read_raster(path: str | Path, window: tuple[slice, slice] | None = None) -> Raster:
+    """Reads an image, or a window (rows, columns) of it. The content tells the format, not the name.
+
+    ImageError: the file is missing, damaged or too large, holds several pictures, is CMYK, has a side below 8 pixels.
+    """
+    if needs_rasterio(path):
+        with open_geotiff(path) as dataset:
+            return read_window(dataset, window)
+    return crop(_kept_picture(path), *window) if window else read_picture(path)
+
+
+@lru_cache(maxsize=2)  # a SAR and an EO image: one decoding serves all windows of an image
+def _kept_picture(path: str | Path) -> Raster:
+    return read_picture(path)
+
+
+def crop(raster: Raster, rows: slice, columns: slice) -> Raster:
+    """Cuts a window out of a raster."""
+    return raster._replace(bands=raster.bands[:, rows, columns], valid=raster.valid[rows, columns])
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Returns (height, width) without decoding the image. ImageError: as `read_raster`."""
+    if needs_rasterio(path):
+        with open_geotiff(path) as dataset:
+            return dataset.shape
+    with _image_errors(path), Image.open(path, formats=FORMATS) as image:
+        return image.height, image.width
 
 
 def needs_rasterio(path: str | Path) -> bool:
-    """True for a TIFF that rasterio must read: with geographic tags, compression (Pillow's libtiff would
-    write to stderr if the file is damaged), several bands of more than 8 bits (Pillow reads them in part or not
-    at all), or more pixels than Pillow may read. ImageError: no file, or it cannot be opened.
+    """Tells whether a file is a TIFF that Pillow does not read well.
+
+    Such a TIFF has geographic tags, compression (Pillow's libtiff writes to stderr if the file is damaged), several
+    bands of more than 8 bits (Pillow reads a part of them or fails), or more pixels than Pillow may read.
+    ImageError: the file is missing or cannot be opened.
     """
-    path, name = Path(path), repr(str(path))
-    if path.exists() and not path.is_file():  # a named pipe would have us wait for ever
-        raise ImageError(f"{name} is not a file")
-    with _decoding(path):
+    path = Path(path)
+    if path.exists() and not path.is_file():  # to open a named pipe would block for ever
+        raise ImageError(f"{str(path)!r} is not a file")
+    with _image_errors(path):
         with path.open("rb") as file:
             if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
                 return False
@@ -100,35 +130,33 @@ def needs_rasterio(path: str | Path) -> bool:
         except (Image.UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning):
             return True
         eight_bits = max(tags.get(BITS, (1,))) <= 8 and SIGNED not in tags.get(SAMPLE_FORMAT, ())
-        whole = eight_bits or mode in ("I;16", "I;16B", "F") and tags[BITS][0] != 12  # which Pillow takes for 16
-        return bool(GEO_TAGS & set(tags)) or tags.get(COMPRESSION, 1) != 1 or not whole
+        one_band = mode in ("I;16", "I;16B", "F") and tags[BITS][0] != 12  # Pillow reads 12 bits as if they were 16
+        return bool(GEO_TAGS & set(tags)) or tags.get(COMPRESSION, 1) != 1 or not (eight_bits or one_band)
 
 
 def _check_size(path: str | Path, width: int, height: int) -> None:
-    """Of a file, before anything of it is decoded: some bytes can claim to be gigabytes."""
+    """Raises ImageError if an image is too small, or much larger than its file can hold: a few bytes can claim GBs."""
     size = f"{str(path)!r} is {width}x{height} pixels"
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"{size}: each side needs at least {MIN_SIDE}")
-    if width * height > max(2**24, 4000 * Path(path).stat().st_size):  # no usual compression exceeds 4000
-        raise ImageError(f"{size} but too small a file for it: damaged or a trap")
+    if width * height > max(2**24, 4000 * Path(path).stat().st_size):  # no usual compression reaches 4000 pixels a byte
+        raise ImageError(f"{size}, but the file is too small for that: it is damaged or a decompression bomb")
 
 
 def _check_memory(name: str, width: int, height: int, bands: int) -> None:
-    """Of what is read at once."""
+    """Raises ImageError if the numbers do not fit into MAX_BYTES."""
     if 4 * bands * width * height > MAX_BYTES:
         raise ImageError(f"{name} has {width}x{height} pixels in {bands} band(s), too many: cut it into parts")
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of what `read_picture` would read."""
-    with _decoding(path), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
-        return image.height, image.width
+# ----------------------------------------------------------------------------------------------------------
+# PNG, JPEG, simple TIFF
 
 
 def read_picture(path: str | Path) -> Raster:
-    """A whole PNG, JPEG, or TIFF of which `needs_rasterio` is False; ImageError as from `read_raster`."""
+    """Reads a PNG, a JPEG, or a TIFF for which `needs_rasterio` is False. ImageError: as `read_raster`."""
     name = repr(str(path))
-    with _decoding(path), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+    with _image_errors(path), Image.open(path, formats=FORMATS) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ImageError(f"{name} holds {image.n_frames} pictures: save the right one as a file of its own")
         if image.mode not in MODES:
@@ -139,11 +167,13 @@ def read_picture(path: str | Path) -> Raster:
         if mode := "RGBA" if one_colour_is_clear else CONVERTED.get(image.mode):
             image = image.convert(mode)
         pixels, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
-    bands = np.moveaxis(np.atleast_3d(pixels), 2, 0)
+    bands = np.moveaxis(np.atleast_3d(pixels), 2, 0)  # (H, W) or (H, W, C) -> (C, H, W)
+    bands = bands.astype(bands.dtype.newbyteorder("="), copy=False)  # a big-endian TIFF
     valid = np.ones(pixels.shape[:2], bool)
-    if has_alpha:  # which is no colour: it says where there is data
+    if has_alpha:
         bands, valid = bands[:-1], bands[-1] > 0
-    return Raster(bands, _measured(bands, valid), name, _choose_bands([None] * len(bands), path)[1])
+    _, polarisations, _ = _choose_bands([None] * len(bands), path)
+    return Raster(bands, _without_fill(bands, valid), name, polarisations)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -151,22 +181,24 @@ def read_picture(path: str | Path) -> Raster:
 
 
 def open_geotiff(path: str | Path) -> Any:
-    """An open rasterio dataset, for `read_window`. ImageError: rasterio is missing, or the file damaged."""
+    """Opens a TIFF as a rasterio dataset, for `read_window`. ImageError: no rasterio, or the file is damaged."""
     try:
         import rasterio
     except ImportError:
         kind = "a TIFF that is georeferenced, compressed, or of several bands of more than 8 bits"
         raise ImageError(f"{str(path)!r} is {kind}, which needs rasterio: pip install rasterio") from None
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
-    # Files beside it (.ovr, .aux.xml, ...) are left alone: they can make GDAL read any file and the network. In the
-    # environment, since rasterio's own settings hold for one thread. Its warnings would go to stderr; errors raise.
+    # Sidecar files (.ovr, .aux.xml ...) are ignored: they could make GDAL open other files or the network. The options
+    # are set in the environment, because those of rasterio hold for one thread only. CPL_LOG: GDAL's warnings would go
+    # to stderr; its errors are raised anyway.
     os.environ |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "CPL_LOG": os.devnull}
-    with _decoding(path):  # only GTiff: GDAL's other drivers can reach other files and the network
+    with _image_errors(path):
+        # only GTiff: GDAL's other drivers can open other files and the network
         dataset = rasterio.open(Path(path).absolute(), driver="GTiff")
         if dataset.subdatasets:
             raise ImageError(f"{str(path)!r} holds several pictures: save the right one as a file of its own")
         _check_size(path, dataset.width, dataset.height)
-    if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535, and reading them one by one takes an hour
+    if dataset.count > MAX_BANDS:  # a few bytes can claim 65,535 bands, which take an hour to read
         raise ImageError(f"{str(path)!r} has {dataset.count} bands: SAR images have one to four, EO images 13 at most")
     return dataset
 
@@ -174,21 +206,22 @@ def open_geotiff(path: str | Path) -> Any:
 def read_window(
     dataset: Any, window: tuple[slice, slice] | None = None, shape: tuple[int, int] | None = None
 ) -> Raster:
-    """A window (rows, columns; default: all) of an open GeoTIFF, resampled to `shape` (H, W) if given.
+    """Reads a window (rows, columns; default: all) of an open GeoTIFF, resampled to `shape` (H, W) if given.
 
-    A pixel of unsigned integers is no-data if all bands are: 0 in one of three colours is a colour. One of others is if
-    any band is. ImageError: complex numbers, palette, odd bits, too large, damaged, two bands of one polarisation.
+    In unsigned integer files, a pixel is no-data if all its bands are no-data, since a colour may contain a 0. In other
+    files one band is enough.
+    ImageError: complex numbers, a palette, other than 8 or 16 bits, too large, damaged, two bands of one polarisation.
     """
     from rasterio.enums import ColorInterp
 
     name, dtype = repr(dataset.name), np.dtype(dataset.dtypes[0])
     if dtype.kind == "c":
         raise ImageError(f"{name} holds complex numbers ({dtype}): save their intensity, |z|^2, as float32")
-    with _decoding(dataset.name):
+    with _image_errors(dataset.name):
         kinds, bits = dataset.colorinterp, dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
         if ColorInterp.palette in kinds:
             raise ImageError(f"{name} has a palette: save it as grey or RGB")
-        if dtype.kind != "f" and bits:  # 12 bits kept in 16, say
+        if dtype.kind != "f" and bits:  # for example 12 bits stored in 16
             raise ImageError(f"{name} has neither 8 nor 16 bits a pixel: save it with either")
         names = dataset.descriptions
         indexes = [i for i, kind in enumerate(kinds) if kind != ColorInterp.alpha or polarisation(names[i])]
@@ -199,7 +232,7 @@ def read_window(
         shape = (len(indexes), height, width)
         bands = dataset.read(indexes, window=window, out_shape=shape)
         masks = dataset.read_masks(indexes, window=window, out_shape=shape)
-    valid = _measured(bands, masks.any(0) if dtype.kind == "u" else masks.all(0))
+    valid = _without_fill(bands, masks.any(0) if dtype.kind == "u" else masks.all(0))
     scale, offset = (np.float32([v[i - 1] for i in indexes])[:, None, None] for v in (dataset.scales, dataset.offsets))
     if scaled := bool((scale != 1).any() or (offset != 0).any()):
         valid &= (bands != 0).any(0)
@@ -208,8 +241,8 @@ def read_window(
     return Raster(bands, valid, name, polarisations, notes, scaled)
 
 
-def _measured(bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """valid, without what is fill in float and signed numbers although the file does not declare it."""
+def _without_fill(bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Returns `valid` without the pixels of float and signed integer files that hold fill values or 0 in all bands."""
     if (kind := bands.dtype.kind) in FILL:
         for band in bands:
             valid = valid & (band > FILL[kind]) & (band < HUGE)  # both are False for NaN
@@ -218,7 +251,7 @@ def _measured(bands: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Names of bands
+# Band names
 
 POLARISATION = re.compile(r"(?<![a-z])(?:vv|vh|hh|hv)(?![a-z])", re.IGNORECASE)  # in Sigma0_VV_db, s0_vv, VH
 ANCILLARY = re.compile(
@@ -228,18 +261,18 @@ ANCILLARY = re.compile(
 
 
 def polarisation(name: str | None) -> str | None:
-    """The polarisation, "VV", "VH", "HH" or "HV", that the name of a band or of a file tells."""
+    """Finds the polarisation, "VV", "VH", "HH" or "HV", in the name of a band or of a file."""
     found = POLARISATION.findall(name or "")
     return found[0].upper() if len(found) == 1 and not ANCILLARY.search(name) else None
 
 
 def is_cross(polarisation: str) -> bool:
-    """Whether it is sent in one polarisation and received in the other."""
+    """Tells whether a polarisation is crossed: "VH" and "HV" are sent in one direction and received in the other."""
     return polarisation[0] != polarisation[1]
 
 
 def polarisation_partner(path: Path) -> Path | None:
-    """The file of the other polarisation of an acquisition, NAME_VH.tif for NAME_VV.tif, if it is there."""
+    """Finds the file of the other polarisation beside a file: NAME_VH.tif for NAME_VV.tif. None: there is none."""
     if not polarisation(path.stem):
         return None
     end = POLARISATION.search(path.name).end()
@@ -249,8 +282,8 @@ def polarisation_partner(path: Path) -> Path | None:
 
 
 def _choose_bands(names: Sequence[str | None], path: str | Path) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
-    """Names of bands -> the indexes to take, in order; their polarisations, if known; a line about what is left out."""
-    # a single band without a name may have that of its file: Sentinel-1 products have a file for each polarisation
+    """Band names -> indexes of the bands to read, in order; their polarisations if known; notes about other bands."""
+    # Sentinel-1 products have a file for each polarisation: the file name names a single band without a name
     known = [polarisation(name) for name in (names if len(names) > 1 else [names[0] or Path(path).stem])]
     polarisations = sorted(filter(None, known))  # HH, HV, VH, VV
     if len({*polarisations}) < len(polarisations):

@@ -1,6 +1,9 @@
-"""Which pairs train and which test: large ones cut into blocks, and no ground on both sides.
+"""Splits the pairs of a dataset into training, validation and test pairs that share no ground.
 
-pairs -> cut_large -> split_pairs -> Split      split_names -> split.json -> held_out_pairs -> the same Split
+    pairs -> cut_large -> split_pairs -> Split -> split_names -> split.json
+    pairs, split.json -> held_out_pairs -> the same Split
+
+docs/data.md describes the rules for users.
 """
 
 import os
@@ -13,46 +16,47 @@ import numpy as np
 
 from common import read_json
 from data import LOOKED_AT, Pair, evenly, seed_of
-from images import image_size
-from rasters import needs_rasterio, open_geotiff
+from rasters import image_size, needs_rasterio, open_geotiff
 
-TEST_SHARE = 0.2  # of the pairs, where a dataset has no split of its own
-LARGE = 2**20  # pixels: an image that takes much longer to decode than a crop to train on
-FEW_SCENES = 5  # below, a part of each scene is held out rather than a whole scene
+TEST_SHARE = 0.2  # of the pairs, if a dataset has no split of its own
+LARGE = 2**20  # pixels; to decode a larger image takes much longer than to train on a crop of it
+FEW_SCENES = 5  # with fewer, a part of each scene is held out instead of whole scenes
 
 
 class Split(NamedTuple):
+    """The sides of a split. `val` and `test` are the same pairs if the dataset has only one of them."""
+
     train: list[Pair]
-    val: list[Pair]  # the test pairs, where the dataset has none of its own
+    val: list[Pair]
     test: list[Pair]
     notes: list[str]  # lines to print
 
 
 def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> Split:
-    """The dataset's own split, else one by place, else by scene; pairs stay in the order given.
+    """Splits by the dataset's folders; without train and test folders by place, or else by scene. Keeps the order.
 
-    By place: georeferenced images along a straight line on the map, blocks of few large scenes along a line through
-    each. By scene: in an order that depends on the seed and the scenes' names alone, scenes go to the test side where
-    that brings it nearer to TEST_SHARE. ValueError: there is no split without a leak.
+    By place, for georeferenced images: a straight line on the map divides them. Blocks of a few large scenes are
+    divided by a line through each scene. By scene: about TEST_SHARE of the pairs are held out in whole scenes; the seed
+    and the names of the scenes decide which. ValueError: every split would put the same ground or scene on both sides.
     """
     if own := _own_split(pairs):
         return own
-    boxes, groups = _boxes(pairs), defaultdict(list)  # {map or file on which boxes lie, or None: numbers of pairs}
-    for i, box in enumerate(boxes):
-        groups[box and box[0]].append(i)
+    places, groups = _places(pairs), defaultdict(list)  # {map or file, None if unknown: indexes of its pairs}
+    for i, place in enumerate(places):
+        groups[place and place[0]].append(i)
     sides = np.full(len(pairs), "left out")
     for where, members in groups.items():
         if where is None:
-            test = _scenes_to_test([pairs[i].scene for i in members], seed)
+            test = _test_scenes([pairs[i].scene for i in members], seed)
             sides[members] = ["test" if pairs[i].scene in test else "train" for i in members]
         else:
-            sides[members] = _sides_of_a_line(np.array([boxes[i][1] for i in members]))
-    train, test = ([pair for pair, of in zip(pairs, sides) if of == side] for side in ("train", "test"))
+            sides[members] = _divide_by_line(np.array([places[i][1] for i in members]))
+    train, test = ([pair for pair, its_side in zip(pairs, sides) if its_side == side] for side in ("train", "test"))
     if not train or not test:
         scenes = len({pair.scene for pair in pairs})
-        reason = "all on the same ground, too near" if groups.keys() - {None} else "too few scenes"
+        reason = "they are all on the same ground" if groups.keys() - {None} else "there are too few scenes"
         raise ValueError(
-            f"{len(pairs)} pair(s) from {scenes} scene(s): {reason} to split without a leak; "
+            f"{len(pairs)} pair(s) from {scenes} scene(s) cannot be split without a leak: {reason}; "
             "add pairs of another place, or make folders train/ and test/"
         )
     straddling = len(pairs) - len(train) - len(test)
@@ -61,9 +65,9 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> Split:
 
 
 def _own_split(pairs: Sequence[Pair]) -> Split | None:
-    """The dataset's own split, if it has pairs to train on and pairs to test on."""
+    """Splits by the dataset's folders. None: they do not name pairs to train on and pairs to test on."""
     loose, train, val, test = ([p for p in pairs if p.split == side] for side in (None, "train", "val", "test"))
-    if not train:
+    if not train:  # there is a test folder only: the other pairs train
         loose, train = [], loose
     if not train or not (val or test):
         return None
@@ -77,13 +81,13 @@ def _own_split(pairs: Sequence[Pair]) -> Split | None:
     return Split(train, val or test, test or val, notes)
 
 
-def _scenes_to_test(scenes: Sequence[str], seed: int) -> set[str]:
-    """The scenes of about TEST_SHARE of the pairs; scenes: each pair's. None if there is only one."""
+def _test_scenes(scenes: Sequence[str], seed: int) -> set[str]:
+    """Chooses scenes that hold about TEST_SHARE of the pairs. scenes: one for each pair. Of a single scene: none."""
     sizes = Counter(scenes)
     order = sorted(sizes, key=lambda scene: seed_of(seed, scene))
     test, taken = set(), 0
-    for scene in order[1:]:  # the first one always trains
-        if taken + sizes[scene] / 2 <= TEST_SHARE * len(scenes):
+    for scene in order[1:]:  # the first scene always trains
+        if taken + sizes[scene] / 2 <= TEST_SHARE * len(scenes):  # brings the share nearer to TEST_SHARE
             test.add(scene)
             taken += sizes[scene]
     return test or set(sorted(order[1:], key=sizes.__getitem__)[:1])
@@ -92,11 +96,11 @@ def _scenes_to_test(scenes: Sequence[str], seed: int) -> set[str]:
 # ----------------------------------------------------------------------------------------------------------
 # Places
 
-Box = tuple[float, float, float, float]  # left, low, right, high
+Box = tuple[float, float, float, float]  # left, low, right, high, in units of the map or pixels of the file
 
 
-def _boxes(pairs: Sequence[Pair]) -> list[tuple[str, Box] | None]:
-    """Where pairs lie: (a map, or the file of their scene; the box there), or None where the files do not say."""
+def _places(pairs: Sequence[Pair]) -> list[tuple[str, Box] | None]:
+    """Locates each pair: (coordinate system, box on the map); (file, box in it) for blocks of a few scenes; or None."""
     places = [_place(pair) if pair.by_place else None for pair in pairs]
     if len({crs for crs, _ in filter(None, places)}) > 1:
         from rasterio.warp import transform_bounds
@@ -105,7 +109,7 @@ def _boxes(pairs: Sequence[Pair]) -> list[tuple[str, Box] | None]:
         places = [place and (world, transform_bounds(place[0], world, *place[1])) for place in places]
     cut = [i for i, pair in enumerate(pairs) if pair.by_place and pair.window and not places[i]]
     files, scenes = {pairs[i].sar for i in cut}, {pairs[i].scene for i in cut}
-    if len(files) == len(scenes) < FEW_SCENES:  # files of one scene may overlap
+    if len(files) == len(scenes) < FEW_SCENES:  # one file a scene: two files of a scene may overlap
         for i in cut:
             top, left, height, width = pairs[i].window
             places[i] = str(pairs[i].sar), (left, top, left + width, top + height)
@@ -113,7 +117,7 @@ def _boxes(pairs: Sequence[Pair]) -> list[tuple[str, Box] | None]:
 
 
 def _place(pair: Pair) -> tuple[str, Box] | None:
-    """(coordinate system, box) of a pair on the map, if one of its images is georeferenced."""
+    """Locates a pair on the map: (coordinate system, box). None: neither image is georeferenced."""
     for path in (pair.sar, pair.eo):
         if path.suffix.lower() in (".tif", ".tiff") and needs_rasterio(path):
             with open_geotiff(path) as dataset:
@@ -124,19 +128,21 @@ def _place(pair: Pair) -> tuple[str, Box] | None:
                 if crs := crs or dataset.crs:
                     top, left, height, width = pair.window or (0, 0, *dataset.shape)
                     a, b, c, d, e, f = transform[:6]
+                    # the corners in pixels, then on the map
                     x, y = np.array([[left, left + width] * 2, [top, top, top + height, top + height]])
                     x, y = a * x + b * y + c, d * x + e * y + f
                     return crs.to_wkt(), (x.min(), y.min(), x.max(), y.max())
     return None
 
 
-def _sides_of_a_line(boxes: np.ndarray) -> np.ndarray:
-    """(n, 4) boxes -> "train", "test" or "left out", those that straddle the line. All "train" if no line divides them.
+def _divide_by_line(boxes: np.ndarray) -> np.ndarray:
+    """Divides boxes, (n, 4), by a line parallel to an axis: "train", "test" or, on the line, "left out" for each.
 
-    The line is parallel to an axis: the one with the test side nearest to TEST_SHARE and the fewest boxes left out.
+    Chooses the line with the test share nearest to TEST_SHARE and the fewest boxes on it. If every line leaves one side
+    empty, all boxes are "train".
     """
     count, best, sides = len(boxes), np.inf, np.full(len(boxes), "train")
-    margin = 1e-6 * (boxes[:, 2:] - boxes[:, :2])  # computed borders of neighbours differ in their last bits
+    margin = 1e-6 * (boxes[:, 2:] - boxes[:, :2])  # rounding: borders that neighbours share differ in their last bits
     lows, highs = boxes[:, :2] + margin, boxes[:, 2:] - margin
     for low, high, lines in zip(lows.T, highs.T, (boxes[:, [0, 2]], boxes[:, [1, 3]])):
         lines = np.unique(lines)
@@ -154,11 +160,12 @@ def _sides_of_a_line(boxes: np.ndarray) -> np.ndarray:
 
 
 def cut_large(pairs: Sequence[Pair], size: int, cached: bool = False, decode_whole: bool = False) -> list[Pair]:
-    """Cuts pairs of large images into a grid of blocks of size x size pixels.
+    """Cuts pairs of large images into a grid of blocks of size x size pixels, which are read separately.
 
-    Large are images of more than LARGE pixels that are longer than two blocks; for a cache, any larger than a block.
-    Without a cache, none is cut if no image is large among LOOKED_AT of the dataset. ValueError: blocks cannot be read
-    singly, as from GeoTIFFs, and are not cached; decode_whole: no matter.
+    An image is large if it has more than LARGE pixels and is longer than two blocks; for a cache, if it is longer than
+    one block. Without a cache, nothing is cut if none of LOOKED_AT images is large.
+    decode_whole: also cut images that can only be decoded whole, for evaluation, which reads each block once.
+    ValueError: such an image is large, and neither `cached` nor `decode_whole` is given.
     """
 
     def is_large(height: int, width: int) -> bool:
@@ -170,36 +177,36 @@ def cut_large(pairs: Sequence[Pair], size: int, cached: bool = False, decode_who
     for pair in pairs:
         height, width = image_size(pair.sar)
         if pair.window or not is_large(height, width) or (height, width) != image_size(pair.eo):
-            cut.append(pair)  # of unequal sizes: read_pair will say so
+            cut.append(pair)  # read_pair raises an error if the sizes differ
         elif cached or decode_whole or needs_rasterio(pair.sar) and needs_rasterio(pair.eo):
             tops, lefts = _spread(height, size), _spread(width, size)
             cut += [pair._replace(window=(top, left, size, size)) for top in tops for left in lefts]
         else:
             raise ValueError(
-                f"{str(pair.sar)!r} is {width}x{height} pixels, which each crop would decode anew: give --cache DIR, "
+                f"{str(pair.sar)!r} is {width}x{height} pixels, and a crop would decode all of it: give --cache DIR, "
                 "or convert the images: gdal_translate -of GTiff -co TILED=YES IN OUT.tif"
             )
     return cut
 
 
 def _spread(side: int, size: int) -> list[int]:
-    """Where blocks begin that do not overlap: at both ends, and evenly between; a single one in the middle."""
+    """Spreads blocks without overlap evenly from end to end, a single block in the middle: where each begins."""
     count = side // size
     return [i * (side - size) // (count - 1) for i in range(count)] if count > 1 else [(side - size) // 2] * count
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The split of a training, for later
+# The split of a finished training
 
 
 def split_names(split: Split) -> dict[str, list[str]]:
-    """What `held_out_pairs` reads from split.json as "scenes": the names of what is on each side."""
+    """Names the scenes on each side, or the pairs if they are split by place: "scenes" in split.json."""
     root = _root([*split.train, *split.val, *split.test])
     return {side: sorted({_name(pair, root) for pair in getattr(split, side)}) for side in ("train", "val", "test")}
 
 
 def _name(pair: Pair, root: str) -> str:
-    """What is on one side as a whole: the scene; a pair by itself where places decide."""
+    """Names what stays on one side of a split: the scene, or the pair (file and window) if split by place."""
     if not pair.by_place:
         return pair.scene
     return f"{pair.sar.relative_to(root).as_posix()} {' '.join(map(str, pair.window or ()))}".strip()
@@ -210,9 +217,10 @@ def _root(pairs: Sequence[Pair]) -> str:
 
 
 def held_out_pairs(pairs: Sequence[Pair], model: Path) -> tuple[Split, str]:
-    """The split that the model was trained with, and where it is from: folders, split.json beside the model, or seed 0.
+    """Restores the split that a model was trained with.
 
-    Large pairs are cut as they were for training. ValueError: split.json does not fit.
+    Returns it and its source, for messages: the dataset's folders, split.json beside the model, or seed 0. Large images
+    are cut as for training. ValueError: split.json is damaged or belongs to another dataset.
     """
     file = model.resolve().parent / "split.json"
     about = read_json(file) if file.is_file() else {}

@@ -135,7 +135,8 @@ def test_hidden_files_and_loops_of_links_do_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "is empty"),
+        ([], "is empty or holds no PNG, JPEG or TIFF"),
+        (["notes.txt"], "is empty or holds no PNG, JPEG or TIFF"),
         (["photo.png", "notes.txt"], "none of the known datasets.*SpaceNet6"),
         (["sar/a.png", "eo/b.png"], "none has a partner.*eo/b.png"),
         (["sar/a.png"], "1 SAR and 0 EO"),

@@ -1,4 +1,4 @@
-"""rasters.py and images.py: what is in a file, what its numbers become, every way a file can be wrong, pictures."""
+"""rasters.py and images.py: what a file holds, what its numbers become, files that cannot be used, pictures."""
 
 import os
 import struct
@@ -41,6 +41,15 @@ def test_integers_map_their_full_range(tmp_path, high):
         for image in (read_sar(path), read_eo(path)):
             assert image.shape == (3, 16, 16) and image.dtype == torch.float32
             assert torch.equal(image[1], torch.from_numpy(ramp.astype("float32")) / (high / 2) - 1)
+
+
+def test_the_byte_order_of_a_tiff_does_not_matter(tmp_path):
+    values = noise(16, 16, dtype="uint16", high=65536)
+    Image.frombytes("I;16B", (16, 16), values.astype(">u2").tobytes()).save(tmp_path / "big.tif")
+    little = picture(tmp_path / "little.tif", values)
+    assert (tmp_path / "big.tif").read_bytes()[:2] != little.read_bytes()[:2]
+    for read in (read_sar, read_eo):
+        assert torch.equal(read(tmp_path / "big.tif"), read(little))
 
 
 def test_one_channel_is_repeated_and_rgb_kept(tmp_path):
@@ -390,7 +399,7 @@ def test_a_tiff_of_several_pictures_is_refused_however_it_is_compressed(tmp_path
 def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path, tmp_path / "pipe.png", tmp_path / "missing.png"):
-        for read in (read_sar, images.image_size):
+        for read in (read_sar, rasters.image_size):
             with pytest.raises(images.ImageError, match=path.name):
                 read(path)
 

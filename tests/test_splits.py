@@ -10,10 +10,11 @@ import torch
 from conftest import write_base
 from image_files import RNG, geotiff, noise, picture
 
-import images
+import rasters
 import splits
 from cdiffset import CDiffSET
 from data import CachedLatents, Pair, PairDataset, build_cache, find_pairs, read_pair
+from images import Reading
 from splits import cut_large, held_out_pairs, split_names, split_pairs
 
 
@@ -119,7 +120,7 @@ def test_no_ground_is_on_both_sides_of_a_line(seed):
     random = np.random.default_rng(seed)
     corner, size = random.uniform(0, (9000, 900)[:: (-1) ** seed], (60, 2)), random.uniform(10, 800, (60, 2))
     boxes = np.hstack([corner, corner + size])
-    sides = splits._sides_of_a_line(boxes)
+    sides = splits._divide_by_line(boxes)
     train, test = boxes[sides == "train"], boxes[sides == "test"]
     assert not any(overlap(a, b) for a in train for b in test)
     assert 0.1 < len(test) / 60 < 0.3 and len(train) > 30
@@ -229,8 +230,10 @@ def test_small_images_are_not_cut_but_for_a_cache(tmp_path):
 def test_crops_of_geotiffs_are_read_by_windows(tmp_path, monkeypatch):
     pairs = cut_large(scenes_of(tmp_path, 1, end="tif"), 16)
     assert len(pairs) == 5 * 6
-    samples, seen, read = PairDataset(pairs, 16, reading=images.Reading("full", None, "full")), [], images.read_window
-    monkeypatch.setattr(images, "read_window", lambda *args, **options: seen.append(read(*args, **options)) or seen[-1])
+    samples, seen, read = PairDataset(pairs, 16, reading=Reading("full", None, "full")), [], rasters.read_window
+    monkeypatch.setattr(
+        rasters, "read_window", lambda *args, **options: seen.append(read(*args, **options)) or seen[-1]
+    )
     for position in range(40):
         sar, eo = samples[position]
         assert sar.shape == eo.shape == (3, 16, 16)
@@ -243,9 +246,9 @@ def test_other_large_images_are_refused_with_advice_or_cut_once_into_the_cache(t
         cut_large(found, 32)
     model = CDiffSET.from_pretrained(write_base(tmp_path / "base"))
     split = split_pairs(cut_large(found, 32, cached=True))
-    reading = images.Reading("full", None, "full")
-    samples, decoded, read = PairDataset(split.train, 32, 0, False, reading), [], images.read_picture
-    monkeypatch.setattr(images, "read_picture", lambda path: decoded.append(path) or read(path))
+    reading = Reading("full", None, "full")
+    samples, decoded, read = PairDataset(split.train, 32, 0, False, reading), [], rasters.read_picture
+    monkeypatch.setattr(rasters, "read_picture", lambda path: decoded.append(path) or read(path))
     build_cache(model, samples, tmp_path / "cache")
     assert len(decoded) == len(set(decoded)) == 4  # each image once
     latents = CachedLatents(tmp_path / "cache", samples)
