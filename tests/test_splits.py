@@ -175,7 +175,7 @@ def test_ground_is_compared_over_several_map_projections_and_by_control_points(t
             to = rasterio.transform.from_bounds(left, low, right, high, 16, 16)
             options = {"transform": to}
             if i % 2:  # located by control points alone
-                corners = [(r, c, *(to * (c, r)), 0) for r in (0, 16) for c in (0, 16)]
+                corners = [(r, c, *(to @ (c, r)), 0) for r in (0, 16) for c in (0, 16)]
                 options = {"transform": None, "gcps": [rasterio.control.GroundControlPoint(*x) for x in corners]}
             geotiff(tmp_path / kind / f"b{i}.tif", bands, crs="EPSG:32632", **options)
     split = split_pairs(find_pairs(tmp_path).pairs)

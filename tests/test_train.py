@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import Forked, assert_same_tensors, run, run_with_kills, tensors_under, write_base
 from PIL import Image
 
+import data
 import train
 from cdiffset import CDiffSET, denoise, variance
 from common import read_json
@@ -180,7 +181,7 @@ def test_the_best_model_is_the_one_that_scored_best(whole, tmp_path):
     pairs = train.split_pairs(find_pairs(read_json(whole / "split.json")["data"]).pairs).val
     args = train.parse(["--data", "-", "--out", str(tmp_path), "--size", "16", "--validate-steps", "2"])
     args.dtype = "float32"
-    again = train.validate(model, train.evenly(pairs, 2), Reading(), args, step=0)
+    again = train.validate(model, data.evenly(pairs, 2), Reading(), args, step=0)
     assert again == pytest.approx({key: value for key, value in best.items() if key != "step"}, rel=1e-4)
 
 
