@@ -155,7 +155,8 @@ def check_folder(out: Path, resume: bool, settings: dict) -> None:
     if kept and not resume:
         raise ValueError(f"{out} holds a run already: continue it with --resume, or choose another --out")
     if kept and (changed := changed_settings(read_header(kept[-1])["settings"], settings)):
-        raise ValueError(f"{out} was made with other settings ({changed}): resume with the same")
+        advice = f"resume with the same, or start another run with --model {out / 'model'} and another --out"
+        raise ValueError(f"{out} was made with other settings ({changed}): {advice}")
     if resume and not kept:
         print(f"{out} holds no checkpoint: starting from the beginning")
     for pattern in (".*", "checkpoint/.*", "samples/.*", "model/.*", "model/*/.*"):

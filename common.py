@@ -85,7 +85,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose help keeps the line breaks of the script's docstring, and whose errors are one line."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2, without the usage that argparse would print first."""

@@ -68,7 +68,7 @@ TERRAIN = r"(?P<terrain>\w+)/(?P<kind>s1|s2)/(?P<season>ROIs\d+_\w+)_(?P=kind)_(
 QXS = r"(?P<kind>sar|opt)_256_oc_0\.2/(?P<name>\d+)\.png"
 SAR2OPT = r"(?P<split>train|val|test)(?P<kind>A|B)/(?P<name>[^/]+)\.png"
 SN6 = r"(?P<kind>SAR-Intensity|PS-RGB)/(?P<aoi>SN6_\w+)_(?P=kind)_(?P<strip>\d+_\d+)_(?P<tile>tile_\d+)\.tif"
-FOLDERS = r"(?P<kind>sar|eo)/(?P<folder>(?:.*/)?)(?P<name>[^/]+)\.(?i:png|jpe?g|tiff?)"
+FOLDERS = r"(?P<kind>(?i:sar|eo))/(?P<folder>(?:.*/)?)(?P<name>[^/]+)\.(?i:png|jpe?g|tiff?)"
 LAYOUTS = (  # name, the kind of SAR images, the groups that make the scene, pattern
     ("SEN1-2", "s1", ("season", "n"), SEN + r"\.png"),
     ("SEN1-2 by terrain", "s1", ("season", "n"), TERRAIN + r"\.png"),  # a scene lies in several terrains
@@ -94,7 +94,7 @@ def find_pairs(root: str | Path) -> Pairs:
         for name in names:
             if match := pattern.fullmatch(name):
                 groups = match.groupdict()
-                side = sars if groups.pop("kind") == sar_kind else eos
+                side = sars if groups.pop("kind").lower() == sar_kind.lower() else eos
                 twin = side.setdefault(tuple(groups.items()), name)
                 if twin != name:
                     raise ValueError(f"{twin!r} and {name!r} differ only in their endings: take one of them away")
@@ -145,13 +145,16 @@ def stacking(paths: Iterable[Path]) -> list[str]:
 def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
     """Pairs (image, true image) of two folders by their paths below the folder, without the ending; sorted.
 
+    Of results of sample.py, the EO images count: NAME_eo has the name NAME, and the others are skipped.
     ValueError: there are no images, one has no partner, or two differ only in their endings.
     """
     made, true = {}, {}  # {path below the folder without the ending: path}
     for root, paths in ((images, made), (truth, true)):
         for name in walk_images(root):
-            path = Path(root, name)
-            twin = paths.setdefault(PurePosixPath(name).with_suffix("").as_posix(), path)
+            path, stem = Path(root, name), PurePosixPath(name).with_suffix("").as_posix()
+            if stem.endswith(("_confidence", "_spread")):
+                continue
+            twin = paths.setdefault(stem.removesuffix("_eo"), path)
             if twin != path:
                 raise ValueError(f"{str(twin)!r} and {str(path)!r} differ only in their endings: rename one of them")
     if not made and not true:
@@ -240,14 +243,16 @@ def _common_kind(
 
     kind_of(raster, wanted) tells the kind of an image, and raises ImageError if it cannot be the wanted one.
     """
-    kinds, notes, error = {}, {}, None
+    kinds, looks, notes, error = {}, Counter(), {}, None
     for path in paths:
         raster = read_overview(path)
         notes |= dict.fromkeys(raster.notes)  # a note of several images appears once
         try:
             kinds[path] = kind_of(raster, wanted)
+            looks[kind_of(raster, "auto")] += 1
         except ImageError as caught:  # for example all is no-data; the other images may tell
-            kinds[path], error = None, caught
+            kinds.setdefault(path, None)
+            error = caught
     counts = Counter(filter(None, kinds.values()))
     if not counts:
         raise error
@@ -256,8 +261,10 @@ def _common_kind(
     for path in odd:
         kind_of(read_overview(path), common)  # raises if the image cannot be read like the others
     names = some(repr(str(path)) for path in odd)
-    line = f"  {len(odd)} of {len(paths)} look different, and are read like the others: {names}"
-    return common, notes, [line] if odd else []
+    lines = [f"  {len(odd)} of {len(paths)} look different, and are read like the others: {names}"] if odd else []
+    if wanted != "auto" and (look := max(looks, key=looks.get, default=common)) != common:
+        lines.append(f"  warning: they look like {HOW[look]}")
+    return common, notes, lines
 
 
 def evenly(pairs: Sequence[Pair], number: int) -> list[Pair]:
@@ -279,7 +286,7 @@ def seed_of(*parts: object) -> int:
 def room(height: int, width: int, size: int) -> tuple[int, int]:
     """Returns how far a crop can move down and to the right. ValueError: the image is smaller than the crop."""
     if min(height, width) < size:
-        raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}")
+        raise ValueError(f"an image of {width}x{height} pixels is smaller than the crop of {size}x{size}: lower --size")
     return height - size, width - size
 
 

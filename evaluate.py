@@ -301,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
             found = find_pairs(args.data)
             split, source = held_out_pairs(found.pairs, args.model)
             pairs = chosen(split.test, args)
+            if model.trained_on:
+                print("images are read as in the model's training; --scale, --stretch and --eo-scale overrule")
             args.reading, remarks = decide_reading([*split.train, *pairs], wanted_reading(args, model.trained_on))
             print(*model.assumptions, *describe(found), *split.notes, *remarks, sep="\n")
             print(f"{len(pairs)} of {len(split.test)} test pairs, by {source}")

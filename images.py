@@ -141,7 +141,9 @@ def sar_scale(raster: Raster, reading: Reading = AUTO) -> SarScale:
     if stretch and kind != "amplitude":
         kind = "linear"
     elif kind not in POSSIBLE.get("float" if dtype.kind == "f" else dtype.name, ("linear",)):
-        raise ImageError(f"{raster.source} holds {dtype}, which cannot be {kind}: convert it or give another --scale")
+        raise ImageError(
+            f"{raster.source} holds {dtype}, which cannot be {kind}: give another --scale, or convert it to float32"
+        )
     if kind == "full":
         limits = [(0, np.iinfo(dtype).max)] * len(bands)
     elif kind == "db":
@@ -200,9 +202,12 @@ def sar_image(raster: Raster, scale: SarScale) -> Tensor:
 def describe_sar(raster: Raster, scale: SarScale) -> str:
     """Says in one line how an image is read, and which options overrule that."""
     ranges = " and ".join(dict.fromkeys(f"{low:.4g}..{high:.4g}" for low, high in scale.limits.T))
-    seen = f" ({ranges})" if scale.kind in PERCENTILES else ""
+    seen = f" ({ranges})" if scale.kind != "db" else ""
     names = f", {' and '.join(raster.names)}" if raster.names else ""
-    return f"read as {HOW[scale.kind]}{seen}{names}; --scale or --stretch overrules"
+    values = raster.bands[:, raster.valid]
+    odd = scale.kind == "db" and values.size and np.median(values) >= 0
+    odd = "; warning: most numbers are above 0, which is no dB" * bool(odd)
+    return f"read as {HOW[scale.kind]}{seen}{names}{odd}; --scale or --stretch overrules"
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ def split_pairs(pairs: Sequence[Pair], seed: int = 0) -> Split:
             "add pairs of another place, or make folders train/ and test/"
         )
     straddling = len(pairs) - len(train) - len(test)
-    by_place = f"split by place; {straddling} pair(s) that straddle the line between train and test are left out"
+    by_place = "split by place, along a line"
+    if straddling:
+        by_place += f"; {straddling} pair(s) that straddle it are left out"
     return Split(train, test, test, [by_place] if groups.keys() - {None} else [])
 
 
@@ -220,7 +222,7 @@ def held_out_pairs(pairs: Sequence[Pair], model: Path) -> tuple[Split, str]:
     """Restores the split that a model was trained with.
 
     Returns it and its source, for messages: the dataset's folders, split.json beside the model, or seed 0. Large images
-    are cut as for training. ValueError: split.json is damaged or belongs to another dataset.
+    are cut as for training. ValueError: split.json is damaged, or knows only a part of the dataset.
     """
     file = model.resolve().parent / "split.json"
     about = read_json(file) if file.is_file() else {}
@@ -235,7 +237,9 @@ def held_out_pairs(pairs: Sequence[Pair], model: Path) -> tuple[Split, str]:
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no split that train.py wrote ({error}): move it away to use seed 0") from error
     root = _root(pairs)
+    if not set.union(*names.values()) & {_name(pair, root) for pair in pairs}:
+        return split_pairs(pairs), f"the split of seed 0, since {file} is of another dataset"
     train, val, test = ([p for p in pairs if _name(p, root) in names[side]] for side in ("train", "val", "test"))
     if not train or not val or not test:
-        raise ValueError(f"{file} does not fit this dataset: it was made for another one; move it away to use seed 0")
+        raise ValueError(f"{file} does not fit this dataset, of which a part is missing; move it away to use seed 0")
     return Split(train, val, test, []), str(file)

@@ -466,7 +466,7 @@ def finish(args: argparse.Namespace, code: int) -> None:
     print(f"{state}: {len(log)} of {args.steps} steps in {seconds / 60:.1f} min; everything is in {args.out}/")
     if best:
         print(f"best at step {best['step']}: PSNR {best['psnr']:.2f} dB, SSIM {best['ssim']:.3f} in validation")
-        print(f"translate with: python sample.py SAR.png --model {args.out / 'model'}")
+        print(f"translate with: python sample.py SAR --model {args.out / 'model'}")
     if code:
         print("continue with the same command and --resume")
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hostile import noise, save
 from PIL import Image
 
 import evaluate
 from cdiffset import CDiffSET
-from data import Pair, find_pairs
+from data import Pair, find_pairs, pair_folders
 from experiments import synth
 from images import Reading, grid, read_eo, read_sar, save_image
 from metrics import frechet_distance, psnr
@@ -211,6 +212,14 @@ def folders(dataset, whole, tmp_path):
 
 def run_folders(folders: tuple[Path, Path], tmp_path: Path, *options: str) -> dict:
     return run(["--images", str(folders[0]), "--truth", str(folders[1]), *options], tmp_path / "scored")
+
+
+def test_results_of_sample_py_are_paired_without_their_suffix(tmp_path):
+    for name in ("made/a_eo.png", "made/a_confidence.png", "made/a_spread.png", "true/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, noise(16, 16))
+    (pair,) = pair_folders(tmp_path / "made", tmp_path / "true")
+    assert (pair.sar.name, pair.eo.name) == ("a_eo.png", "a.png")
 
 
 def test_two_folders_get_the_scores_that_the_model_had(folders, whole, tmp_path):

@@ -161,7 +161,7 @@ def plain(root, places, size=16, **profile):
 def test_plain_georeferenced_pairs_are_split_along_the_line_that_leaves_few_out(tmp_path):
     split = split_pairs(plain(tmp_path, [(5e5 + 10 * i, 5e6 - 160 * i) for i in range(10)]))  # a column, adjoining
     assert names(split.train) == [f"{i}.tif" for i in range(2, 10)] and names(split.test) == ["0.tif", "1.tif"]
-    assert "0 pair(s) that straddle" in split.notes[0]
+    assert split.notes == ["split by place, along a line"]
 
 
 def test_ground_is_compared_over_several_map_projections_and_by_control_points(tmp_path):
@@ -303,8 +303,11 @@ def test_the_split_of_a_training_is_found_beside_the_model_wherever_the_data_lie
         assert source.endswith("split.json")
         for ours, theirs in zip(again[:3], split[:3]):
             assert [(p.sar.name, p.window) for p in ours] == [(p.sar.name, p.window) for p in theirs]
+    (model.parent / "split.json").write_text('{"scenes": {"train": ["elsewhere"], "test": ["far"]}}')
+    assert "of another dataset" in held_out_pairs(found, model)[1]
+    part = json.dumps({"scenes": split_names(split) | {"test": ["elsewhere"], "val": ["elsewhere"]}, **about})
     for text, message in (
-        ('{"scenes": {"train": [], "test": ["elsewhere"]}}', "does not fit"),
+        (part, "does not fit"),
         ('{"scenes": {"train": 7, "test": []}}', "is no split"),
         ("[]", "JSON"),
     ):

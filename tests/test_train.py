@@ -189,7 +189,7 @@ def test_the_summary_says_how_to_continue(command, tmp_path, capsys):
     train.main([*command, "--steps", "2", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert "SEN1-2: 20 pairs in 10 scenes" in said and "16 pairs to train on, 4 to validate on" in said
-    assert "done: 2 of 2 steps" in said and f"python sample.py SAR.png --model {tmp_path / 'run' / 'model'}" in said
+    assert "done: 2 of 2 steps" in said and f"python sample.py SAR --model {tmp_path / 'run' / 'model'}" in said
 
 
 # ----------------------------------------------------------------------------------------------------------
