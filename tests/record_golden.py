@@ -152,36 +152,26 @@ def norms(model: nn.Module) -> Tensor:
 # References
 
 
-def reference(name: str) -> nn.Module:
-    """The network of a case as diffusers or transformers builds it."""
-    config = NETWORKS[name][0]
-    if name in UNETS:
-        return reference_unet(**config)
-    return reference_vae(**config) if name in VAES else reference_clip(**config)
+def reference(kind: str, **config) -> nn.Module:
+    """diffusers' U-Net ("unet") or VAE ("vae"), or transformers' text tower ("clip"), of that configuration."""
+    if kind == "unet":
+        from diffusers import UNet2DConditionModel
 
+        return UNet2DConditionModel(**config)
+    if kind == "vae":
+        from diffusers import AutoencoderKL
 
-def reference_unet(**config) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(**config)
-
-
-def reference_vae(**config) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    levels = len(config["block_out_channels"])
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": 2,  # the value of all published files; diffusers' own default is 1
-    }
-    return AutoencoderKL(**{**blocks, **config})
-
-
-def reference_clip(**config) -> nn.Module:
+        levels = len(config["block_out_channels"])
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        # two layers as in all published files; diffusers' own default is 1
+        return AutoencoderKL(**blocks | {"layers_per_block": 2} | config)
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(**config, bos_token_id=0, eos_token_id=1))
+
+
+def reference_of_case(name: str) -> nn.Module:
+    return reference(name.split("_")[0], **NETWORKS[name][0])
 
 
 @torch.no_grad()
@@ -311,7 +301,7 @@ def reference_metrics(image: Tensor, truth: Tensor) -> dict[str, Tensor]:
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for name in NETWORKS:
-        model = fill(reference(name), seed=0)
+        model = fill(reference_of_case(name), seed=0)
         x = inputs(name, seed=0)
         save(name, {**x, **reference_outputs(name, model, x), "norms": norms(model)})
     save("schedulers", scheduler_results(reference_ddpm, reference_ddim, seed=0))

@@ -5,7 +5,6 @@ import inspect
 import pytest
 import torch
 from record_golden import (
-    CLIPS,
     GOLDEN,
     NETWORKS,
     UNETS,
@@ -14,10 +13,8 @@ from record_golden import (
     inputs,
     norms,
     reference,
-    reference_clip,
+    reference_of_case,
     reference_outputs,
-    reference_unet,
-    reference_vae,
 )
 from safetensors.torch import load_file
 
@@ -26,11 +23,11 @@ from unet import UNet
 from vae import AutoencoderKL
 
 TOLERANCE = 1e-4  # of the output's standard deviation
+CLASSES = {"unet": UNet, "vae": AutoencoderKL, "clip": CLIPTextModel}
 
 
 def ours(name: str) -> torch.nn.Module:
-    network = UNet if name in UNETS else AutoencoderKL if name in VAES else CLIPTextModel
-    return network(**NETWORKS[name][0]).eval()
+    return CLASSES[name.split("_")[0]](**NETWORKS[name][0]).eval()
 
 
 @torch.no_grad()
@@ -50,7 +47,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def import_reference(name: str) -> None:
-    pytest.importorskip("transformers" if name in CLIPS else "diffusers")
+    pytest.importorskip("transformers" if name.startswith("clip") else "diffusers")
 
 
 def reference_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -63,40 +60,21 @@ def reference_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_repeats_the_recorded_reference(name):
-    golden = load_file(GOLDEN / f"{name}.safetensors")
-    for key, value in outputs(name, fill(ours(name), seed=0), golden).items():
+    golden, model = load_file(GOLDEN / f"{name}.safetensors"), fill(ours(name), seed=0)
+    for key, value in outputs(name, model, golden).items():
         assert error(value, golden[key]) <= TOLERANCE, key
+    assert torch.equal(norms(model), golden["norms"])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_repeats_the_live_reference_with_its_weights(name):
     import_reference(name)
-    theirs, model = fill(reference(name), seed=1), ours(name)
+    theirs, model = fill(reference_of_case(name), seed=1), ours(name)
     model.load_state_dict(reference_state(theirs), strict=True)
     x = inputs(name, seed=1)
     expected = reference_outputs(name, theirs, x)
     for key, value in outputs(name, model, x).items():
         assert error(value, expected[key]) <= TOLERANCE, key
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_norm_has_the_recorded_eps_and_groups(name):
-    assert torch.equal(norms(ours(name)), load_file(GOLDEN / f"{name}.safetensors")["norms"])
-
-
-@pytest.mark.parametrize("name", ["unet_three_levels", "vae_two_levels", "clip_sd1"])
-def test_comparison_notices_every_single_tensor(name):
-    """Else a tensor that the network forgets, or applies in the wrong place, could pass the tests above."""
-    model, x = fill(ours(name), seed=0), inputs(name, seed=0)
-    expected = outputs(name, model, x)
-    for key, tensor in model.state_dict().items():
-        if key.endswith(("to_k.bias", "k_proj.bias")):
-            continue  # adds the same to all logits of a query: softmax does not see it
-        kept = tensor.clone()
-        tensor.fill_(1 if "norm" in key and key.endswith("weight") else 0)
-        changed = outputs(name, model, x)
-        assert max(error(changed[k], expected[k]) for k in expected) > 50 * TOLERANCE, key
-        tensor.copy_(kept)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -128,26 +106,26 @@ SD21_CLIP = SD15_CLIP | {
     "num_hidden_layers": 23,
 }  # fmt: skip
 
-# our class, the reference, published config, parameters, tensors
+# published config, parameters, tensors
 PUBLISHED = {
-    "SD 1.5 U-Net": (UNet, reference_unet, SD15_UNET, 859_520_964, 686),
-    "SD 2.1 U-Net": (UNet, reference_unet, SD21_UNET, 865_910_724, 686),
-    "SD VAE": (AutoencoderKL, reference_vae, SD_VAE, 83_653_863, 248),
-    "SD 1.5 text tower": (CLIPTextModel, reference_clip, SD15_CLIP, 123_060_480, 196),
-    "SD 2.1 text tower": (CLIPTextModel, reference_clip, SD21_CLIP, 340_387_840, 372),
+    "unet of SD 1.5": (SD15_UNET, 859_520_964, 686),
+    "unet of SD 2.1": (SD21_UNET, 865_910_724, 686),
+    "vae": (SD_VAE, 83_653_863, 248),
+    "clip of SD 1.5": (SD15_CLIP, 123_060_480, 196),
+    "clip of SD 2.1": (SD21_CLIP, 340_387_840, 372),
 }
 
 
 def published(name: str) -> torch.nn.Module:
     """Our network of that config, without memory for its weights. `flip_sin_to_cos`, ... are fixed in ours."""
-    network, _, config, _, _ = PUBLISHED[name]
+    network, config = CLASSES[name.split()[0]], PUBLISHED[name][0]
     with torch.device("meta"):
         return network(**{k: v for k, v in config.items() if k in inspect.signature(network).parameters})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config_gives_the_published_size(name):
-    _, _, _, parameters, tensors = PUBLISHED[name]
+    _, parameters, tensors = PUBLISHED[name]
     state = published(name).state_dict()
     assert len(state) == tensors
     assert sum(tensor.numel() for tensor in state.values()) == parameters
@@ -155,37 +133,24 @@ def test_published_config_gives_the_published_size(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config_gives_the_reference_names_shapes_and_norms(name):
-    pytest.importorskip("transformers" if "text" in name else "diffusers")
-    _, build, config, _, _ = PUBLISHED[name]
+    import_reference(name)
     with torch.device("meta"):
-        theirs = build(**config)
+        theirs = reference(name.split()[0], **PUBLISHED[name][0])
     model = published(name)
     expected = {key: tensor.shape for key, tensor in reference_state(theirs).items()}
     assert {key: tensor.shape for key, tensor in model.state_dict().items()} == expected
     assert torch.equal(norms(model), norms(theirs))
 
 
-def test_keys_that_the_sd_1_config_leaves_out_have_its_values_by_default():
-    for name in ("SD 1.5 U-Net", "SD VAE", "SD 1.5 text tower"):
-        with torch.device("meta"):
-            default = PUBLISHED[name][0]()
-        config = published(name).config
-        assert {k: list(v) if isinstance(v, tuple) else v for k, v in default.config.items()} == config
+@pytest.mark.parametrize("name", ["unet of SD 1.5", "vae", "clip of SD 1.5"])
+def test_keys_that_the_sd_1_config_leaves_out_have_its_values_by_default(name):
+    with torch.device("meta"):
+        default = CLASSES[name.split()[0]]().config
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in default.items()} == published(name).config
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Statements about our own interface
-
-
-@torch.no_grad()
-def test_scalar_timestep_and_single_context_serve_the_whole_batch():
-    name = "unet_sd2_cdiffset"
-    model, x = fill(ours(name), seed=2), inputs(name, seed=2)
-    batch = len(x["x"])
-    once = model(x["x"], 317, x["context"])
-    each = model(x["x"], torch.full((batch,), 317), x["context"].repeat(batch, 1, 1))
-    assert error(once, each) <= TOLERANCE
-    assert error(model(x["x"], torch.tensor(317), x["context"]), each) <= TOLERANCE
 
 
 @torch.no_grad()
@@ -201,27 +166,6 @@ def test_a_kept_context_is_not_looked_at_again_and_gives_the_same():
 
 
 @torch.no_grad()
-def test_images_of_a_batch_do_not_see_each_other():
-    name = "unet_sd1"
-    model, x = fill(ours(name), seed=2), inputs(name, seed=2)
-    t = torch.tensor([20, 900])
-    together = model(x["x"], t, x["context"])
-    alone = torch.cat([model(x["x"][i : i + 1], t[i], x["context"][i : i + 1]) for i in range(2)])
-    assert error(alone, together) <= TOLERANCE
-
-
-@torch.no_grad()
-def test_text_tower_is_causal():
-    name = "clip_sd2"
-    model, ids = fill(ours(name), seed=2), inputs(name, seed=2)["ids"]
-    other = ids.clone()
-    other[:, 9] = (ids[:, 9] + 1) % 60
-    before, after = model(ids), model(other)
-    assert error(after[:, :9], before[:, :9]) < 1e-5
-    assert error(after[:, 9:], before[:, 9:]) > 0.1
-
-
-@torch.no_grad()
 def test_log_variance_is_clamped():
     model = fill(ours("vae_two_levels"), seed=2)
     model.quant_conv.bias[3] = 100.0
@@ -233,43 +177,28 @@ def test_log_variance_is_clamped():
 def test_gradient_checkpointing_recomputes_and_changes_nothing():
     name = "unet_sd2_cdiffset"
     model, x = fill(ours(name), seed=2).train(), inputs(name, seed=2)
-    calls = []
+    calls, gradients = [], []
     model.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
-    results = []
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
         noisy = x["x"].clone().requires_grad_()
-        y = model(noisy, x["t"], x["context"])
-        y.square().mean().backward()
-        gradients = {key: p.grad for key, p in model.named_parameters()} | {"x": noisy.grad}
-        results.append((y.detach(), gradients, len(calls)))
-    (y, gradients, once), (y_again, gradients_again, in_all) = results
-    assert (once, in_all) == (1, 1 + 2)
-    assert error(y_again, y) < 1e-6
-    for key, gradient in gradients.items():
-        assert error(gradients_again[key], gradient) <= TOLERANCE, key
-
+        model(noisy, x["t"], x["context"]).square().mean().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()} | {"x": noisy.grad})
+    assert len(calls) == 1 + 2
+    for key, gradient in gradients[0].items():
+        assert error(gradients[1][key], gradient) <= TOLERANCE, key
     with torch.no_grad():
-        assert error(model(x["x"], x["t"], x["context"]), y) < 1e-6
-    assert len(calls) == in_all + 1  # sampling recomputes nothing
+        model(x["x"], x["t"], x["context"])
+    assert len(calls) == 1 + 2 + 1  # sampling recomputes nothing
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 15, 16), (1, 4, 16, 20), (4, 16, 16), (1, 4, 0, 16)])
-def test_unet_refuses_sizes_that_do_not_halve_evenly(shape):
-    model = ours("unet_sd1")
-    assert model.unit == 8
-    with pytest.raises(ValueError, match="multiples of 8"):
-        model(torch.zeros(shape), 1, torch.zeros(1, 7, 24))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 33), (3, 32, 32), (1, 3, 32, 0)])
-def test_vae_refuses_sizes_that_do_not_halve_evenly(shape):
-    model = ours("vae_sd")
-    assert model.factor == 8
-    with pytest.raises(ValueError, match="multiples of 8"):
-        model.encode(torch.zeros(shape))
-
-
-def test_size_units_follow_the_number_of_levels():
-    assert (ours("unet_two_levels").unit, ours("unet_three_levels").unit) == (2, 4)
-    assert (ours("vae_two_levels").factor, ours("vae_three_levels_without_attention").factor) == (2, 4)
+@pytest.mark.parametrize(
+    "name, unit", [("unet_sd1", 8), ("unet_three_levels", 4), ("vae_sd", 8), ("vae_two_levels", 2)]
+)
+def test_sizes_that_do_not_halve_evenly_are_refused(name, unit):
+    model = ours(name)
+    assert unit == (model.unit if name in UNETS else model.factor)
+    channels = NETWORKS[name][0].get("in_channels", 3)
+    for shape in ((1, channels, 15, 16), (1, channels, 16, 17), (channels, 16, 16), (1, channels, 0, 16)):
+        with pytest.raises(ValueError, match=f"multiples of {unit}"):
+            model(torch.zeros(shape), 1, torch.zeros(1, 7, 24)) if name in UNETS else model.encode(torch.zeros(shape))
