@@ -86,7 +86,6 @@ HEADERS = {
     "empty": b"",
     "zeros": bytes(4096),
     "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-    "pickle": pickle.dumps({"a": 1}),
 }
 
 
@@ -174,9 +173,9 @@ def test_an_index_of_shards_is_not_followed(folder, tmp_path):
 # Configurations
 
 TEXTS = {
-    "empty": "", "not JSON": "{", "list": "[]", "number": "1", "null": "null", "deep": "[" * 10**5 + "]" * 10**5,
-    "deep objects": '{"a":' * 10**5 + "1" + "}" * 10**5, "huge number": '{"in_channels": ' + "9" * 10_000 + "}",
-    "large": '{"_x": "' + " " * 2**24 + '"}', "twice": "{}{}", "comment": "// {}", "bytes": "{\"\udcff\": 1}",
+    "empty": "", "not JSON": "{", "list": "[]", "null": "null", "deep": "[" * 10**5 + "]" * 10**5,
+    "huge number": '{"in_channels": ' + "9" * 10_000 + "}", "large": '{"_x": "' + " " * 2**24 + '"}',
+    "bytes": "{\"\udcff\": 1}",
 }  # fmt: skip
 
 
