@@ -20,12 +20,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Forked, assert_same_tensors, run, run_with_kills, tensors_under
-from PIL import Image
+from hostile import geotiff, noise, save
 
 import sample
 import train
 from cdiffset import CDiffSET
-from data import PairDataset, build_cache, find_pairs
 from experiments.synth import write_dataset
 
 KILLS = 20
@@ -33,30 +32,15 @@ STEPS, IMAGES, GROWTH = 3000, 1500, 10  # of the long runs; MB that they may gro
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
+def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "sen12"
     write_dataset(folder, pairs=100, size=64)
-    return PairDataset(find_pairs(folder).pairs, 64)
+    return folder
 
 
-def training(pairs: PairDataset, base: Path, options: str) -> list[str]:
+def training(data: Path, base: Path, options: str) -> list[str]:
     """The options of a small training."""
-    data = pairs.pairs[0].sar.parents[2]
     return f"--data {data} --model {base} --validate-images 2 --validate-steps 2 --device cpu {options}".split()
-
-
-def draw_picture(path: Path, height: int, width: int, seed: int = 0) -> Path:
-    """A PNG, or a GeoTIFF in dB, of noise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 255, (height, width), np.uint8)
-    if path.suffix == ".png":
-        Image.fromarray(noise).save(path)
-        return path
-    rasterio = pytest.importorskip("rasterio")
-    place = {"crs": "EPSG:32737", "transform": rasterio.transform.from_origin(500000, 9e6, 10, 10)}
-    with rasterio.open(path, "w", "GTiff", width, height, 1, dtype="float32", **place) as file:
-        file.write(noise[None] / np.float32(10) - 25)
-    return path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,14 +53,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 # Kills
 
 
-def test_a_training_killed_20_times_equals_an_undisturbed_one(pairs, base, tmp_path):
+def test_a_training_and_its_cache_killed_20_times_equal_undisturbed_ones(data, base, tmp_path):
     options = "--size 64 --steps 120 --batch-size 4 --workers 1 --ema 0.9 --save-every 3 --validate-every 25"
-    options = training(pairs, base, f"{options} --cache {tmp_path / 'cache'}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_with_kills(train.main, [*options, "--out", str(whole)], [*options, "--out", str(killed)], KILLS, share=1 / 10)
+    commands = [training(data, base, f"{options} --cache {out}_cache --out {out}") for out in (whole, killed)]
+    run_with_kills(train.main, *commands, KILLS, share=1 / 10)
     assert_same_tensors(killed, whole)
-    for path in (whole / "samples").iterdir():
-        assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
+    for path in [*(whole / "samples").iterdir(), tmp_path / "whole_cache" / "latents.bin"]:
+        assert path.read_bytes() == Path(str(path).replace(str(whole), str(killed))).read_bytes()
     tables = []
     for out in (whole, killed):
         with (out / "log.csv").open() as file:
@@ -85,22 +69,12 @@ def test_a_training_killed_20_times_equals_an_undisturbed_one(pairs, base, tmp_p
     assert not [path for path in killed.rglob(".*") if path.name != ".lock"]
 
 
-def test_a_cache_killed_20_times_equals_an_undisturbed_one(pairs, base, tmp_path):
-    def fill(arguments):
-        build_cache(CDiffSET.from_pretrained(base), pairs, tmp_path / arguments[0])
-
-    run_with_kills(fill, ["whole"], ["killed"], KILLS, share=1 / 10)
-    assert (tmp_path / "killed" / "latents.bin").read_bytes() == (tmp_path / "whole" / "latents.bin").read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["folder", "scene"])
-def test_sampling_killed_20_times_leaves_only_complete_results(trained, tmp_path, kind):
-    if kind == "scene":
-        draw_picture(tmp_path / "in" / "s.tif", 200, 200)
-    for i in range(30 if kind == "folder" else 0):
-        draw_picture(tmp_path / "in" / f"{i:02}.png", 64, 48, seed=i)
-    options = [str(tmp_path / "in"), "--model", str(trained), "--steps", "6", "--tile", "64"]
+def test_sampling_killed_20_times_leaves_only_complete_results(trained, tmp_path):
+    geotiff(tmp_path / "in" / "scene.tif", side=200)
+    for i in range(30):
+        save(tmp_path / "in" / f"{i:02}.png", noise(64, 48, seed=i))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = f"{tmp_path / 'in'} --model {trained} --steps 6 --tile 64 --out"
 
     def translate(arguments: list[str]) -> int:
         return sample.main([argument for argument in arguments if argument != "--resume"])
@@ -109,9 +83,9 @@ def test_sampling_killed_20_times_leaves_only_complete_results(trained, tmp_path
         expected = contents(whole)
         assert all(content == expected[name] for name, content in contents(killed).items())
 
-    first, second = ([*options, "--out", str(out)] for out in (whole, killed))
-    run_with_kills(translate, first, second, KILLS, share=0.9, check=check)
-    assert contents(killed) == contents(whole) and len(contents(whole)) == (2 if kind == "scene" else 60)
+    commands = [[*options.split(), str(out)] for out in (whole, killed)]
+    run_with_kills(translate, *commands, KILLS, share=0.9, check=check)
+    assert contents(killed) == contents(whole) and len(contents(whole)) == 62
 
 
 def test_a_model_saved_over_and_killed_20_times_is_always_one_of_the_two(base, tmp_path):
@@ -155,9 +129,9 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_training_continues_after_its_disk_was_full_and_read_only(pairs, base, tmp_path):
+def test_a_training_continues_after_its_disk_was_full_and_read_only(data, base, tmp_path):
     options = "--size 16 --steps 12 --batch-size 2 --workers 1 --save-every 2 --validate-every 4"
-    options, whole = training(pairs, base, options), tmp_path / "whole"
+    options, whole = training(data, base, options), tmp_path / "whole"
     assert run(train.main, [*options, "--out", str(whole)])[0] == 0
     room = max(path.stat().st_size for path in (whole / "checkpoint").iterdir()) * 5 // 2
     room += sum(len(content) for name, content in contents(whole).items() if not name.startswith("checkpoint"))
@@ -177,7 +151,8 @@ def test_a_training_continues_after_its_disk_was_full_and_read_only(pairs, base,
 
 @pytest.mark.parametrize("kind", ["png", "tif"])
 def test_sampling_to_a_full_or_read_only_disk_keeps_the_old_results(trained, tmp_path, kind):
-    path = draw_picture(tmp_path / f"a.{kind}", 200, 200)
+    path = tmp_path / f"a.{kind}"
+    save(path, noise(200, 200)) if kind == "png" else geotiff(path, side=200)
     options = [str(path), "--model", str(trained), "--steps", "1", "--tile", "64"]
     with disk(tmp_path / "disk", 2**20) as remount:
         out = tmp_path / "disk" / "out"
@@ -190,28 +165,6 @@ def test_sampling_to_a_full_or_read_only_disk_keeps_the_old_results(trained, tmp
             assert code == 2, (problem, line)
             assert contents(out) == before and not list(out.glob(".*"))
             remount("ro")
-
-
-def test_a_cache_continues_after_its_disk_was_full(pairs, base, tmp_path):
-    def fill(folder: Path) -> None:
-        build_cache(CDiffSET.from_pretrained(base), pairs, folder)
-
-    assert run(fill, tmp_path / "whole")[0] == 0
-    size = (tmp_path / "whole" / "latents.bin").stat().st_size
-    with disk(tmp_path / "disk", size * 2):
-        process = Forked(fill, tmp_path / "disk" / "cache")
-        file = tmp_path / "disk" / "cache" / "latents.bin"
-        while not file.exists() or not file.stat().st_size:
-            time.sleep(0.001)
-        with (tmp_path / "disk" / "other").open("ab") as other, suppress(OSError):  # another program fills the disk
-            while True:
-                other.write(bytes(2**16))
-                other.flush()
-        code, line = process.wait()
-        assert code == 2 and "No space left on device" in line, line
-        (tmp_path / "disk" / "other").unlink()
-        assert run(fill, tmp_path / "disk" / "cache")[0] == 0
-        assert file.read_bytes() == (tmp_path / "whole" / "latents.bin").read_bytes()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -234,9 +187,9 @@ def check_constant(process: Forked, done: Callable[[], int], total: int) -> None
     assert memory[1] - memory[0] < GROWTH and files[1] <= files[0]
 
 
-def test_thousands_of_steps_take_no_more_memory_and_files_than_the_first_thousand(pairs, base, tmp_path):
+def test_thousands_of_steps_take_no_more_memory_and_files_than_the_first_thousand(data, base, tmp_path):
     options = f"--size 16 --steps {STEPS} --batch-size 2 --workers 1 --ema 0.99 --save-every 100 --validate-every 100"
-    process = Forked(train.main, [*training(pairs, base, options), "--out", str(tmp_path / "run")])
+    process = Forked(train.main, [*training(data, base, options), "--out", str(tmp_path / "run")])
     log = tmp_path / "run" / "log.csv"
     check_constant(process, lambda: log.read_text().count("\n") - 1 if log.exists() else 0, STEPS)
     assert all(torch.isfinite(tensor).all() for tensor in tensors_under(tmp_path / "run").values())
@@ -244,7 +197,7 @@ def test_thousands_of_steps_take_no_more_memory_and_files_than_the_first_thousan
 
 def test_thousands_of_images_take_no_more_memory_and_files_than_the_first(trained, tmp_path):
     for i in range(IMAGES):
-        draw_picture(tmp_path / "in" / f"{i:05}.png", *((40, 40) if i % 10 else (24, 24)))
+        save(tmp_path / "in" / f"{i:05}.png", noise(40, 40) if i % 10 else noise(24, 24))
     options = [str(tmp_path / "in"), "--model", str(trained), "--steps", "1", "--tile", "32", "--batch-size", "4"]
     process, out = Forked(sample.main, [*options, "--out", str(tmp_path / "out")]), tmp_path / "out"
     check_constant(process, lambda: len(list(out.glob("[!.]*_confidence.*"))), IMAGES)

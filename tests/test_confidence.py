@@ -25,31 +25,22 @@ def scores_with_ties(n=400, seed=0):
 # Detection
 
 
-def test_auroc_is_the_probability_that_a_true_pixel_scores_higher_and_ties_count_half():
-    score, truth = scores_with_ties()
+@pytest.mark.parametrize("seed", range(3))
+def test_ranking_follows_the_definitions_and_torchmetrics(seed):
+    """AUROC: the probability that a true pixel scores higher, ties count half; AP: precision over rises of recall."""
+    score, truth = scores_with_ties(seed=seed)
     high, low = score[truth][:, None], score[~truth]
-    assert ranking(score, truth)[0] == pytest.approx(np.mean((high > low) + 0.5 * (high == low)))
-
-
-def test_average_precision_is_precision_summed_over_the_increases_of_recall():
-    score, truth = scores_with_ties()
-    expected, before = 0.0, 0.0
+    auroc, precision, before = np.mean((high > low) + 0.5 * (high == low)), 0.0, 0.0
     for threshold in sorted(set(score.tolist()), reverse=True):
         taken = score >= threshold
         recall = (taken & truth).sum() / truth.sum()
-        expected += (recall - before) * (taken & truth).sum() / taken.sum()
+        precision += (recall - before) * (taken & truth).sum() / taken.sum()
         before = recall
-    assert ranking(score, truth)[1] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_ranking_equals_torchmetrics(seed):
+    assert ranking(score, truth) == pytest.approx((auroc, precision))
     metrics = pytest.importorskip("torchmetrics.functional.classification")
-    score, truth = scores_with_ties(seed=seed)
     both = torch.from_numpy(score / 20), torch.from_numpy(truth.astype(int))  # torchmetrics expects probabilities
-    auroc, precision = ranking(score, truth)
-    assert auroc == pytest.approx(float(metrics.binary_auroc(*both)), abs=1e-6)
-    assert precision == pytest.approx(float(metrics.binary_average_precision(*both)), abs=1e-6)
+    expected = float(metrics.binary_auroc(*both)), float(metrics.binary_average_precision(*both))
+    assert ranking(score, truth) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_best_the_worst_and_a_constant_score():
@@ -83,22 +74,16 @@ def test_the_area_is_zero_for_the_true_errors_and_known_for_the_reverse_order():
     assert ause(worst, oracle) == pytest.approx(whole, abs=1e-3)
 
 
-def test_right_variances_are_calibrated():
+def test_right_variances_are_calibrated_and_others_not():
     rng = np.random.default_rng(0)
     predicted = np.exp(rng.normal(0, 1, 200_000))
-    actual = predicted * (rng.standard_normal((4, 200_000)) ** 2).mean(axis=0)
-    measured = calibration(predicted, actual)
-    assert measured["ratio"] == pytest.approx(1, abs=0.02)
-    assert measured["error"] < 0.03
+    right = calibration(predicted, predicted * (rng.standard_normal((4, 200_000)) ** 2).mean(axis=0))
+    assert right["ratio"] == pytest.approx(1, abs=0.02) and right["error"] < 0.03
     # the logarithm of a mean of four squares has the variance trigamma(2) = pi^2 / 6 - 1
-    assert measured["correlation"] == pytest.approx(1 / math.sqrt(math.pi**2 / 6), abs=0.01)
-
-
-def test_variances_of_half_the_errors_and_constant_ones():
-    predicted = np.linspace(0.1, 2, 1000)
-    measured = calibration(predicted, 2 * predicted)
-    assert (measured["ratio"], measured["error"], measured["correlation"]) == pytest.approx((2, 1, 1))
-    np.testing.assert_allclose(measured["bins_actual"], 2 * np.array(measured["bins_predicted"]))
+    assert right["correlation"] == pytest.approx(1 / math.sqrt(math.pi**2 / 6), abs=0.01)
+    half = calibration(predicted, 2 * predicted)
+    assert (half["ratio"], half["error"], half["correlation"]) == pytest.approx((2, 1, 1))
+    np.testing.assert_allclose(half["bins_actual"], 2 * np.array(half["bins_predicted"]))
     constant = calibration(np.ones(100), np.arange(100.0))
     assert (constant["ratio"], constant["correlation"]) == (pytest.approx(49.5), 0)
 
@@ -116,27 +101,6 @@ def test_deviation_and_gradient_in_the_7x7_neighbourhood():
     assert torch.allclose(confidence.gradient(ramp), torch.tensor(0.05), atol=1e-5)
 
 
-def test_a_network_that_finds_the_noise_has_no_error_and_a_blind_one_that_of_the_noise(base):
-    model, z = CDiffSET.from_pretrained(base), torch.zeros(2, 4, 16, 16)
-    scale = (1 - model.scheduler.alphas_cumprod[501]).sqrt()
-    model.unet.forward = lambda x, t, context: torch.cat([x[:, 4:] / scale, torch.zeros_like(x[:, :1])], dim=1)
-    error, variance = model.noise_error(z, z, 501, seeds=[3, 4])
-    assert error.shape == variance.shape == (2, 1, 16, 16)
-    assert error.abs().max() < 1e-10 and torch.allclose(variance, torch.tensor(1.0))
-    model.unet.forward = lambda x, t, context: torch.zeros_like(x[:, :5])
-    error, _ = model.noise_error(z, z, 501, seeds=[3, 4])
-    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(4))
-    assert torch.allclose(error[1, 0], noise[0].square().mean(dim=0))
-
-
-@pytest.fixture(scope="module")
-def changing(tmp_path_factory):
-    """20 pairs, of which the held-out ones have both kinds of change."""
-    folder = tmp_path_factory.mktemp("data") / "changing"
-    write_dataset(folder, pairs=20, size=96, seed=5)
-    return folder
-
-
 def measured(dataset, model, out):
     pytest.importorskip("matplotlib")
     options = ["--data", str(dataset), "--model", str(model), "--out", str(out), "--limit", "4", "--device", "cpu"]
@@ -144,9 +108,10 @@ def measured(dataset, model, out):
     return json.loads((out / "confidence.json").read_text())
 
 
-def test_the_command_writes_the_tables_that_it_prints(changing, base, tmp_path, capsys):
+def test_the_command_writes_the_tables_that_it_prints(base, tmp_path, capsys):
+    write_dataset(tmp_path / "data", pairs=20, size=96, seed=5)  # the held-out pairs have both kinds of change
     CDiffSET.from_pretrained(base).save_pretrained(tmp_path / "model")
-    result = measured(changing, tmp_path / "model", tmp_path)
+    result = measured(tmp_path / "data", tmp_path / "model", tmp_path)
     assert result["pairs"] == 4 and result["command"].startswith("python -m experiments.confidence --data")
     tables = (tmp_path / "confidence.md").read_text()
     assert tables.rsplit("\n\n", 1)[0] in capsys.readouterr().out
