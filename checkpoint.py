@@ -142,7 +142,7 @@ def run_folder(args: argparse.Namespace, identity: dict) -> Iterator[dict]:
         if "DataLoader worker" in reason:
             advice = "continue with --resume; if it happens again, memory may be short: use fewer --workers"
             raise ValueError(f"a process that reads images died ({reason}): {advice}") from error
-        if world_size() > 1 and "closed by peer" in reason:
+        if world_size() > 1 and "by peer" in reason:  # gloo: closed by peer, reset by peer
             raise ValueError("another process of this run exited; its message says why") from error
         raise
     except OSError as error:

@@ -30,6 +30,13 @@ from scheduler import DDPMScheduler
 # runs are compared to the last bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off in a background job
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Gives every test the same random numbers, in whatever order and process it runs."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
