@@ -33,6 +33,7 @@ from weights import network_digest
 # ----------------------------------------------------------------------------------------------------------
 # Finding pairs
 
+RESULTS = ("_eo", "_confidence", "_spread")  # sample.py's results are called NAME_eo.png, ...
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -152,7 +153,7 @@ def pair_folders(images: str | Path, truth: str | Path) -> list[Pair]:
     for root, paths in ((images, made), (truth, true)):
         for name in walk_images(root):
             path, stem = Path(root, name), PurePosixPath(name).with_suffix("").as_posix()
-            if stem.endswith(("_confidence", "_spread")):
+            if stem.endswith(RESULTS) and not stem.endswith("_eo"):
                 continue
             twin = paths.setdefault(stem.removesuffix("_eo"), path)
             if twin != path:
@@ -249,7 +250,8 @@ def _common_kind(
         notes |= dict.fromkeys(raster.notes)  # a note of several images appears once
         try:
             kinds[path] = kind_of(raster, wanted)
-            looks[kind_of(raster, "auto")] += 1
+            if wanted != "auto":
+                looks[kind_of(raster, "auto")] += 1
         except ImageError as caught:  # for example all is no-data; the other images may tell
             kinds.setdefault(path, None)
             error = caught
@@ -262,7 +264,7 @@ def _common_kind(
         kind_of(read_overview(path), common)  # raises if the image cannot be read like the others
     names = some(repr(str(path)) for path in odd)
     lines = [f"  {len(odd)} of {len(paths)} look different, and are read like the others: {names}"] if odd else []
-    if wanted != "auto" and (look := max(looks, key=looks.get, default=common)) != common:
+    if (look := max(looks, key=looks.get, default=common)) != common:
         lines.append(f"  warning: they look like {HOW[look]}")
     return common, notes, lines
 

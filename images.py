@@ -204,10 +204,10 @@ def describe_sar(raster: Raster, scale: SarScale) -> str:
     ranges = " and ".join(dict.fromkeys(f"{low:.4g}..{high:.4g}" for low, high in scale.limits.T))
     seen = f" ({ranges})" if scale.kind != "db" else ""
     names = f", {' and '.join(raster.names)}" if raster.names else ""
-    values = raster.bands[:, raster.valid]
-    odd = scale.kind == "db" and values.size and np.median(values) >= 0
-    odd = "; warning: most numbers are above 0, which is no dB" * bool(odd)
-    return f"read as {HOW[scale.kind]}{seen}{names}{odd}; --scale or --stretch overrules"
+    warning = ""
+    if scale.kind == "db" and raster.valid.any() and np.median(raster.bands[:, raster.valid]) >= 0:
+        warning = "; warning: most numbers are above 0, which is no dB"
+    return f"read as {HOW[scale.kind]}{seen}{names}{warning}; --scale or --stretch overrules"
 
 
 # ----------------------------------------------------------------------------------------------------------

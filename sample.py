@@ -50,7 +50,7 @@ from common import (
     start_processes,
     world_size,
 )
-from data import stacking, walk_images
+from data import RESULTS, stacking, walk_images
 from images import SAR_KINDS, Reading, to_uint8
 from scene import (
     Source,
@@ -66,7 +66,6 @@ from scheduler import PREDICTION_TYPES, SPACINGS
 
 TINY = Path(__file__).resolve().parent / "models" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RESULTS = ("_eo", "_confidence", "_spread")  # results are called NAME_eo.png, ...
 DEFAULT_STEPS, DEFAULT_SPACING = 10, "trailing"  # chosen by docs/results.md; evaluate.py's, too
 
 # Parts of a translation at (top, left): EO (N, 3, rows, columns), confidence (N, 1, rows, columns) or None

@@ -372,8 +372,9 @@ def fit(
                 dist.all_reduce(facts)
             value, norm, stop = facts.tolist()
             if not math.isfinite(value + norm):
-                names = [name(args.batch_size * state.step + i) for i in range(args.batch_size)]
-                (args.out / "bad_batch.txt").write_text("\n".join(names) + "\n")
+                if first:
+                    names = [name(args.batch_size * state.step + i) for i in range(args.batch_size)]
+                    (args.out / "bad_batch.txt").write_text("\n".join(names) + "\n")
                 raise ValueError(
                     f"step {state.step + 1}: the loss is {value}, its gradient's norm {norm}; the images of this batch "
                     f"are listed in {args.out}/bad_batch.txt; {checkpoint.last_checkpoint(args.out)}; start another "

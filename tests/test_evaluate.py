@@ -299,7 +299,7 @@ def test_the_paper_does_not_see_what_lies_outside_half_of_the_range():
     truth = torch.rand(1, 3, 16, 16) * 2 - 1
     clipped = truth.clamp(-0.5, 0.5)
     (paper,), (standard,) = (evaluate.score(clipped, truth, protocol) for protocol in ("paper", "standard"))
-    assert paper["psnr"] == evaluate.BEST and standard["psnr"] < 25
+    assert paper["psnr"] == evaluate.BEST and standard["psnr"] < 20
     inside, other = truth * 0.5, truth.flip(3) * 0.5
     (paper,), (standard,) = (evaluate.score(inside, other, protocol) for protocol in ("paper", "standard"))
     assert paper["psnr"] == pytest.approx(standard["psnr"] - 20 * np.log10(2), abs=1e-4), "errors count twice"
